@@ -1,0 +1,75 @@
+"""Projections shared by every mechanism, so that parameter paths mean the same everywhere.
+
+The last two parts of a parameter's path say what its axes are, and `core.sharding` reads them:
+heads/kernel (D N H), merge/kernel (N H D), dense/kernel (D F), conv/kernel, norm/scale, table.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class HeadProjection(nn.Module):
+    """(B ... D) -> (B ... N H); parameter `heads/kernel` (D N H)."""
+
+    num_heads: int
+    head_dim: int
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B N H"]:
+        features = (self.num_heads, self.head_dim)
+        return nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="heads")(x)
+
+
+class OutputProjection(nn.Module):
+    """(B ... N H), D -> (B ... D); parameter `merge/kernel` (N H D)."""
+
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B N H"], features: int) -> Float[Array, "*B D"]:
+        return nn.DenseGeneral(features, (-2, -1), use_bias=False, dtype=self.dtype, name="merge")(
+            x
+        )
+
+
+class Dense(nn.Module):
+    """(B ... D) -> (B ... features); parameters `dense/kernel` (D F) and, if asked, `dense/bias`."""
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        return nn.Dense(self.features, use_bias=self.use_bias, dtype=self.dtype, name="dense")(x)
+
+
+class Table(nn.Module):
+    """A learned array that is looked up or used whole; parameter `table`, kept in every device."""
+
+    shape: tuple[int, ...]
+    init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        return self.param("table", self.init, self.shape)
+
+
+class Attend(nn.Module):
+    """The one place in which a module calls its pure function.
+
+    It has no parameters. It exists so that the call has a path ("block_1/mixer/attend"), by which
+    `core.edit` reads and rewrites queries, keys, logits and weights without touching a mechanism.
+    """
+
+    fn: Callable[..., Any]
+
+    def __call__(self, *arrays, **options):
+        """`fn(*arrays, **options)`."""
+        return self.fn(*arrays, **options)

@@ -1,0 +1,138 @@
+"""Which tiles of a score matrix must be computed, in which order, and how arrays are cut for it."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from attnjax.core import masks
+
+_TILE = 512  # queries and keys of a tile: of 128 to 1024 the fastest on two CPU threads
+_ENTRIES = 2**21  # scores held at once: heads that share a schedule are computed together
+_OVERHEAD = 2**14  # what a tile costs beside its entries, in entries
+_ALIGN = 16  # sizes are multiples of it, to fill vector registers
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["order", "full", "some"],
+    meta_fields=["block_q", "block_k", "heads", "kinds"],
+)
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """For each (batch, chunk of heads, query tile): key tiles in the order of their computation.
+
+    The first `full` of `order` need no mask, those up to `some` need one, the rest are empty.
+    heads is (C, P, G): chunks, key heads of a chunk, query heads of a key head. kinds are those
+    that can occur at all, of masks.FULL and masks.PARTIAL.
+    """
+
+    order: Int[Array | np.ndarray, "#B #C tq tk"]
+    full: Int[Array | np.ndarray, "#B #C tq"]
+    some: Int[Array | np.ndarray, "#B #C tq"]
+    block_q: int
+    block_k: int
+    heads: tuple[int, int, int]
+    kinds: tuple[int, ...]
+
+    def rows(self, unit):
+        """(order, full, some) by query tile, of one chunk of heads of one batch entry."""
+        b, c = unit // self.heads[0], unit % self.heads[0]
+        lists = (jnp.asarray(x) for x in (self.order, self.full, self.some))
+        return tuple(x[b if x.shape[0] > 1 else 0, c if x.shape[1] > 1 else 0] for x in lists)
+
+    def chunk(self, x, unit):
+        """The part (P G) of an array by heads."""
+        return jnp.asarray(x).reshape(self.heads)[unit % self.heads[0]]
+
+    def cut(self, x, block, fill=None):
+        """(B L N A) -> (B C, tiles, P, G or 1 for keys, block, A), the last tile padded."""
+        (C, P, _), (B, _, N, A) = self.heads, x.shape
+        x = pad(x, 1, block, fill).reshape(B, -1, block, C, P, N // (C * P), A)
+        x = x.transpose(0, 3, 1, 4, 5, 2, 6)
+        return x.reshape(B * C, *x.shape[2:])
+
+    def join(self, x, length):
+        """The inverse of `cut`, for (B C, tiles, P, G or 1, block, A)."""
+        (C, P, _), (_, count, _, G, block, A) = self.heads, x.shape
+        x = x.reshape(-1, C, count, P, G, block, A).transpose(0, 2, 5, 1, 3, 4, 6)
+        return x.reshape(-1, count * block, C * P * G, A)[:, :length]
+
+
+def pad(x, axis, block, fill=None):
+    """x with `axis` filled up to a multiple of `block`, by `fill` or else by its last entry."""
+    widths = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
+    if widths[axis] == (0, 0):
+        return x
+    return jnp.pad(x, widths, "edge") if fill is None else jnp.pad(x, widths, constant_values=fill)
+
+
+def schedule(mask: masks.Mask | None, t, s, *, K: int, G: int) -> Schedule:
+    """The schedule for K key heads with G query heads each.
+
+    A mask that is known while tracing gets the tile size that costs least.
+    """
+    known = all(isinstance(x, np.ndarray) for x in (t, s, *jax.tree.leaves(mask)))
+    sizes = _sizes(mask, len(t), len(s))
+    choices = [(_states(mask, t, s, G, *size), *size) for size in (sizes if known else sizes[:1])]
+    states, block_q, block_k = min(choices, key=_cost) if known else choices[0]
+    alike = K if states.shape[1] == 1 else 1  # key heads with one schedule
+    most = min(alike, max(1, _ENTRIES // (G * block_q * block_k)))
+    P = next(p for p in range(most, 0, -1) if K % p == 0)
+    return Schedule(
+        order=(np if known else jnp).argsort(-states, axis=-1, stable=True).astype(np.int32),
+        full=(states == masks.FULL).sum(-1, dtype=np.int32),
+        some=(states != masks.EMPTY).sum(-1, dtype=np.int32),
+        block_q=block_q,
+        block_k=block_k,
+        heads=(K // P, P, G),
+        kinds=tuple(x for x in (masks.FULL, masks.PARTIAL) if not known or (states == x).any()),
+    )
+
+
+def _sizes(mask, T, S):
+    """Tile sizes (queries, keys) to choose from, the largest first."""
+    if blocks := list(_blocks(mask)):
+        q, k = (math.gcd(_TILE, *sizes) for sizes in zip(*blocks, strict=True))
+        return [(q if _ALIGN <= q <= T else _even(T, _TILE), k if _ALIGN <= k <= S else _even(S, _TILE))]
+    return [(_even(T, size), _even(S, size)) for size in (_TILE, _TILE // 2, _TILE // 4)]
+
+
+def _blocks(mask):
+    """Sizes of all block selections in a mask: their tiles must lie within the blocks."""
+    if isinstance(mask, masks.Blocks):
+        yield mask.block_q, mask.block_k
+    for part in getattr(mask, "parts", ()):
+        yield from _blocks(part)
+
+
+def _even(length, most):
+    """A tile size near `most` that leaves little of the last tile over."""
+    count = -(-length // most)
+    return length if count <= 1 else -(-length // (count * _ALIGN)) * _ALIGN
+
+
+def _states(mask, t, s, G, block_q, block_k):
+    """EMPTY, PARTIAL or FULL for (#B, 1 or K, tq, tk)."""
+    rows, columns = masks.tile_positions(t, block_q), masks.tile_positions(s, block_k)
+    states = mask and mask.tiles(rows, columns)
+    if mask is None:
+        states = np.full((1, 1, len(rows), len(columns)), masks.FULL)
+    module = np if isinstance(states, np.ndarray) else jnp
+    if len(s) % block_k:  # the last column has keys that don't exist
+        most = np.where(np.arange(len(columns)) < len(columns) - 1, masks.FULL, masks.PARTIAL)
+        states = module.minimum(states, most[None, None, None])
+    if states.shape[1] > 1:  # the G query heads of a key head are computed together
+        states = states.reshape(states.shape[0], -1, G, *states.shape[2:])
+        least, most = states.min(2), states.max(2)
+        states = module.where(least == most, least, masks.PARTIAL)
+    return states
+
+
+def _cost(choice):
+    states, block_q, block_k = choice
+    return (states != masks.EMPTY).sum() * (block_q * block_k + _OVERHEAD)

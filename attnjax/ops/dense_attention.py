@@ -1,0 +1,49 @@
+"""Softmax attention with its whole matrix in memory: the reference for every other form."""
+
+import jax
+import jax.numpy as jnp
+
+
+def dense_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout, score_mod):
+    """(output, lse) as `ops.dot_product_attention` defines them; O(T S) memory.
+
+    t (T) and s (S) are the positions of queries and keys.
+    """
+    B, T, N, _ = q.shape
+    b, n = jnp.arange(B), jnp.arange(N)
+    x = logits(q, k, scale=scale, softcap=softcap)
+    if bias is not None:
+        x = x + bias.astype(jnp.float32)
+    if score_mod is not None:
+        x = over_tile(score_mod)(x, b, n, t, s)
+    if mask is not None:
+        x = jnp.where(mask.visible(t, s), x, -jnp.inf)
+    lse = jax.nn.logsumexp(x, -1)  # B N T
+    if sinks is not None:
+        lse = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, :, None])
+    seen = lse > -jnp.inf  # a query that sees nothing: no weights, and no NaN in the gradient
+    weights = jnp.exp(x - jnp.where(seen, lse, 0.0)[..., None])
+    if dropout is not None:
+        kept = dropout.keep(*jnp.ix_(b, n, t, s))
+        weights = jnp.where(kept, weights / (1 - dropout.rate), 0.0)
+    weights = weights.reshape(B, k.shape[2], -1, *weights.shape[2:])
+    o = jnp.einsum("BKGTS,BSKV->BTKGV", weights, v.astype(jnp.float32))
+    return o.reshape(B, T, N, -1).astype(v.dtype), lse.swapaxes(1, 2)
+
+
+def logits(q, k, *, scale, softcap):
+    """Scaled and soft-capped products in float32: (B N T S)."""
+    B, T, N, H = q.shape
+    q = q.reshape(B, T, k.shape[2], -1, H)
+    x = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        x = softcap * jnp.tanh(x / softcap)
+    return x.reshape(B, N, T, -1)
+
+
+def over_tile(score_mod):
+    """`score_mod` of scalars, over scores (B N T S) and the indices b, n, t, s of their axes."""
+    for axes in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None),
+                 (0, 0, None, None, None)):  # fmt: skip
+        score_mod = jax.vmap(score_mod, axes)
+    return score_mod

@@ -1,0 +1,193 @@
+"""What is particular to the blocked form: memory, skipped tiles, and jax's transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from attnjax.core import masks
+from attnjax.ops import blocked_schedule, blocked_tile
+from attnjax.ops import dot_product_attention as ops
+
+blocked = functools.partial(ops.dot_product_attention, implementation="blocked")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(blocked_schedule, "_TILE", 16)
+
+
+def normal(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def qkv(B=1, T=64, N=4, K=2, H=8):
+    return normal((B, T, N, H), (B, T, K, H), (B, T, K, H))
+
+
+def gradients(f, argnums=(0, 1, 2)):
+    return jax.jit(jax.grad(lambda *args: (f(*args) ** 2).sum(), argnums))
+
+
+def assert_close(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
+
+
+@jax.tree_util.register_static
+class Claim(masks.Mask):
+    """Its tiles and its entries contradict each other, which shows what is looked at."""
+
+    def __init__(self, state, entries):
+        self.state, self.entries = state, entries
+
+    def visible(self, t, s):
+        return jnp.full((1, 1, len(t), len(s)), self.entries)
+
+    def tiles(self, t, s):
+        return np.full((1, 1, len(t), len(s)), self.state)
+
+
+@pytest.mark.parametrize("state, entries, same_as", [
+    (masks.FULL, False, masks.Window(None, None)),
+    (masks.EMPTY, True, masks.Window(None, None) & masks.Valid(jnp.zeros((1, 64), bool))),
+    (masks.PARTIAL, True, masks.Window(None, None)),
+])  # fmt: skip
+def test_full_tiles_have_no_mask_and_empty_ones_no_work(small_tiles, state, entries, same_as):
+    arrays = qkv()
+    for f in (lambda f: f, gradients):
+        out = f(functools.partial(blocked, mask=Claim(state, entries)))(*arrays)
+        expected = functools.partial(ops.dot_product_attention, mask=same_as, implementation="dense")
+        assert_close(out, f(expected)(*arrays))
+
+
+POISONED = {  # keys 32 to 47 are NaN, and these queries (by head) must not see them
+    "causal": (masks.Causal(), np.s_[:, :32]),
+    "segments": (masks.Segments(jnp.repeat(jnp.arange(4), 16)[None]), np.r_[0:32, 48:64]),
+    "blocks": (
+        masks.Blocks(jnp.ones((1, 4, 4, 4), bool).at[0, 2:, :, 2].set(False), 16, 16),
+        np.s_[:, :, 2:],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_nan_in_an_empty_tile_is_never_read(small_tiles, name):
+    mask, clean = POISONED[name]
+    clean = (slice(None), clean) if isinstance(clean, np.ndarray) else clean
+    q, k, v = qkv()
+    k, v = (x.at[:, 32:48].set(jnp.nan) for x in (k, v))
+    o = blocked(q, k, v, mask=mask)
+    assert np.isfinite(o[clean]).all() and not np.isfinite(o).all()
+    loss = lambda q: jnp.where(jnp.zeros(o.shape, bool).at[clean].set(True), blocked(q, k, v, mask=mask), 0).sum()
+    assert np.isfinite(jax.jit(jax.grad(loss))(q)[clean]).all()
+
+
+def peak(T, backward, **options):
+    """Bytes of temporaries, and of results, by what XLA says."""
+    shapes = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (4, 2, 2)]
+    f = functools.partial(blocked, **options)
+    f = gradients(f) if backward else jax.jit(f)
+    return f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("options", [{}, {"mask": masks.Causal(), "softcap": 5.0}], ids=["full", "causal"])
+def test_memory_grows_as_the_length_does(options, backward):
+    sizes = [peak(T, backward, **options) for T in (2048, 4096, 8192, 16384)]
+    steps = np.diff(sizes)
+    inputs = 8192 * 8 * 8 * 4  # bytes by which q, k and v grow in the last step
+    assert steps[2] <= 2.5 * steps[1] + 4096 and steps[2] < 5 * inputs
+
+
+def test_gradient_of_bias_takes_the_memory_of_bias(small_tiles):
+    def bytes_of(T):
+        shapes = [jax.ShapeDtypeStruct((2, T, 4, 8), jnp.float32)] * 3
+        bias = jax.ShapeDtypeStruct((1, 1, T, T), jnp.float32)
+        f = gradients(lambda q, k, v, bias: blocked(q, k, v, bias=bias), argnums=3)
+        return f.lower(*shapes, bias).compile().memory_analysis().temp_size_in_bytes
+
+    one = 4 * (512**2 - 256**2)  # bytes by which a (T T) array grows; the scores grow by 8
+    assert bytes_of(512) - bytes_of(256) < 2.5 * one
+
+
+def test_vmap_with_a_mask_of_its_own(small_tiles):
+    q, k, v = normal(*[(3, 1, 40, 2, 8)] * 3)
+    ids = jnp.asarray(np.repeat([[0, 1], [2, 2], [0, 3]], 20, axis=1).reshape(3, 1, 40))
+    f = lambda q, k, v, ids: blocked(q, k, v, mask=masks.Segments(ids) & masks.Causal())
+    together = jax.vmap(gradients(f))(q, k, v, ids)
+    one_by_one = [gradients(f)(*x) for x in zip(q, k, v, ids, strict=True)]
+    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))
+
+
+def test_shard_map_over_batch(small_tiles):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k, v, bias, slope = normal(*[(4, 40, 2, 8)] * 3, (1, 2, 40, 40), (2,))
+    ids = jnp.arange(4)[:, None] * jnp.arange(40)[None, :] // 30
+
+    def f(q, k, v, bias, slope, ids):
+        score_mod = lambda x, b, n, t, s: x * slope[n]
+        mask = masks.Segments(ids) & masks.Causal()
+        return blocked(q, k, v, mask=mask, bias=bias, score_mod=score_mod)
+
+    data, none = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(
+        f, mesh=mesh, in_specs=(data, data, data, none, none, data), out_specs=data
+    )
+    args = q, k, v, bias, slope, ids
+    assert_close(jax.jit(sharded)(*args), f(*args))
+    learned = (0, 1, 2, 3, 4)
+    assert_close(gradients(sharded, learned)(*args), gradients(f, learned)(*args))
+
+
+def test_checkpoint_and_gradient_without_jit(small_tiles):
+    arrays = qkv(T=40)
+    slope = jnp.ones(4)
+
+    def f(q, k, v, slope):
+        mask = masks.Valid(jnp.arange(40)[None] < 30)
+        return blocked(q, k, v, mask=mask, score_mod=lambda x, b, n, t, s: x * slope[n])
+
+    learned = (0, 1, 2, 3)
+    expected = gradients(f, learned)(*arrays, slope)
+    assert_close(gradients(jax.checkpoint(f), learned)(*arrays, slope), expected)
+    eager = jax.grad(lambda *args: (f(*args) ** 2).sum(), learned)(*arrays, slope)
+    assert_close(eager, expected)
+
+
+def test_forward_mode_says_that_it_is_missing(small_tiles):
+    arrays = qkv()
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(blocked, arrays, arrays)
+
+
+def test_dropout_does_not_depend_on_the_tiles(monkeypatch):
+    arrays = qkv(T=48)
+    options = {"mask": masks.Causal(), "dropout": ops.Dropout(0.5, jax.random.key(2))}
+    results = []
+    for size in (16, 32, 512):
+        monkeypatch.setattr(blocked_schedule, "_TILE", size)
+        f = functools.partial(blocked, **options)
+        results.append((f(*arrays), gradients(f)(*arrays)))
+    assert_close(results[0], results[1])
+    assert_close(results[0], results[2])
+
+
+def test_exp2():
+    x = jnp.concatenate([jnp.linspace(-126.4, 1.0, 9999), jnp.array([-127.0, -1e30, -jnp.inf])])
+    y = blocked_tile.exp2(x)
+    np.testing.assert_allclose(y[:-3], np.exp2(np.asarray(x[:-3], np.float64)), rtol=4e-7)
+    assert (y[-3:] == 0).all() and np.isnan(blocked_tile.exp2(jnp.array(jnp.nan)))
+
+
+@pytest.mark.parametrize("mask, size", [
+    (masks.Causal(), 512),
+    (masks.Window(100, 0), 256),
+    (masks.Blocks(jnp.ones((1, 1, 64, 64), bool), 64, 64) & masks.Causal(), 64),
+])  # fmt: skip
+def test_tiles_fit_the_mask(mask, size):
+    plan = blocked_schedule.schedule(mask, np.arange(4096), np.arange(4096), K=8, G=1)
+    assert (plan.block_q, plan.block_k) == (size, size)
