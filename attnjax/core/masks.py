@@ -248,7 +248,7 @@ class Neighborhood(Mask):
             if value is not None and len(value) != rank:
                 raise ValueError(f"{name}={value} must have one value per axis of {self.shape}")
         for n, (length, k, s, d, _) in enumerate(self._axes()):
-            if not (1 <= k and k * d <= length and 1 <= s <= k and d >= 1):
+            if not (k >= 1 and k * d <= length and 1 <= s <= k and d >= 1):
                 raise ValueError(
                     f"axis {n}: window={k}, stride={s}, dilation={d} must satisfy "
                     f"1 <= stride <= window and window * dilation <= {length}"

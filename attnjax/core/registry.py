@@ -60,6 +60,7 @@ class Mechanism:
     small: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of a small module
     variants: tuple[Mapping[str, Any], ...] = ({},)  # options of fn, each judged by the oracle
     context: tuple[str, ...] = ()  # names of strategies in attnjax.parallel
+    carry: Callable[..., Any] | None = None  # arguments of fn -> factor on its initial_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A source of examples: fn(split, *, seed, ...) -> a random-access source of dicts of arrays."""
+    """A source of examples: fn(split, *, seed, ...) -> random access to dicts of arrays."""
 
     fn: Callable[..., Any]
     kind: Literal["tokens", "image", "vectors", "objects"]
@@ -120,9 +121,7 @@ def names() -> list[str]:
 @functools.cache
 def _names() -> tuple[str, ...]:
     has_record = lambda path: "\nSPEC = " in path.read_text(encoding="utf-8")
-    return tuple(
-        sorted(f"{p.parent.name}.{p.stem}" for p in _ROOT.glob("*/*.py") if has_record(p))
-    )
+    return tuple(sorted(f"{p.parent.name}.{p.stem}" for p in _ROOT.glob("*/*.py") if has_record(p)))
 
 
 def full_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Meshes, and where parameters live by their path: the modules themselves know nothing of either."""
+"""Meshes, and where parameters live, by their path: the modules know nothing of either."""
 
 import re
 from collections.abc import Sequence

@@ -58,7 +58,10 @@ def blocked_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropo
     score_mod, captured, constants = _open(score_mod)
     learned = Learned(q, k, v, bias, sinks, captured)
     given = Given(rows, columns, exists, mask, dropout, constants, plan)
-    options = blocked_tile.Options(scale, softcap, score_mod)
+    options = blocked_tile.Options(scale * LOG2E, softcap, score_mod)
+    if q.dtype == jnp.float32:  # cheaper here than over all scores; in bfloat16 it would round
+        learned = learned._replace(q=q * options.scale)
+        options = options._replace(scale=1)
     leaves, tree = jax.tree.flatten(given)
     return _attend(options, tree, _varying(learned, like=(learned, leaves)), leaves)
 
@@ -141,9 +144,9 @@ def _gradients(options, cut, captured, given, do, lse, delta):
                 dbias = at.add(dbias, grads[3])
                 return dq + grads[0], _add(dk, j, grads[1]), _add(dv, j, grads[2]), dbias, dcaptured
 
-            dq = _zeros((len(q), q.shape[-1], *q.shape[1:-1]), like=q)
-            dq, *carry = _over_keys(plan, order, step, (dq, *carry))
-            return carry, dq.transpose(0, 2, 3, 1)
+            P, G, rows, H = q.shape
+            dq, *carry = _over_keys(plan, order, step, (_zeros((P, H, G * rows), like=q), *carry))
+            return carry, dq.mT.reshape(q.shape)
 
         carry = [_zeros(k.shape, like=q), _zeros(v.shape, like=q), *shared]
         (dk, dv, *shared), dq = lax.scan(row, carry, (np.arange(len(q)), q, *rest, plan.rows(unit)))
@@ -151,7 +154,8 @@ def _gradients(options, cut, captured, given, do, lse, delta):
 
     shared = [jax.tree.map(lambda x: _zeros(x.shape, like=q), x) for x in (bias, captured)]
     units = np.arange(len(q)), q, k, v, do, lse, delta
-    (dbias, dcaptured), (dq, dk, dv) = lax.scan(chunk, shared, units)
+    shared, (dq, dk, dv) = lax.scan(chunk, shared, units)
+    dq, dk, dbias, dcaptured = jax.tree.map(lambda x: x / LOG2E, (dq, dk, *shared))
     return dq, dk, dv, dbias, dcaptured
 
 

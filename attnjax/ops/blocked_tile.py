@@ -26,7 +26,7 @@ LOG2E = math.log2(math.e)
 class Options(NamedTuple):
     """What is known while tracing. score_mod takes what it captured before its five scalars."""
 
-    scale: float
+    scale: float  # from products to units of log 2
     softcap: float | None
     score_mod: Callable | None
 
@@ -73,15 +73,17 @@ class Place(NamedTuple):
 
 def scores(x, bias, captured, given, at: Place, options: Options):
     """Products of queries and keys -> scores, before the mask, in units of log 2."""
-    x = x * options.scale
+    if options.scale != 1:
+        x = x * options.scale
     if options.softcap is not None:
-        x = options.softcap * jnp.tanh(x / options.softcap)
+        cap = options.softcap * LOG2E
+        x = cap * jnp.tanh(x / cap)
     if bias is not None:
-        x = x + at.lay(bias.astype(jnp.float32))
+        x = x + at.lay(bias.astype(jnp.float32)) * LOG2E
     if options.score_mod is not None:
         score_mod = over_tile(lambda *scalars: options.score_mod(captured, given.constants, *scalars))
-        x = at.lay(score_mod(at.unlay(x), at.b, at.n, at.t, at.s))
-    return x * LOG2E
+        x = at.lay(score_mod(at.unlay(x / LOG2E), at.b, at.n, at.t, at.s)) * LOG2E
+    return x
 
 
 def seen(mask: Mask | None, at: Place):
@@ -106,7 +108,8 @@ def dropped(weights, dropout: Dropout | None, at: Place):
 def attend(carry, q, k, v, bias, captured, given, at: Place, options: Options, partial):
     """Add a tile to (o, peak, total) of the online softmax. q (P G queries H), k (P keys H)."""
     o, peak, total = carry
-    y = scores(_product("PGTH,PSH->PGTS", q, k), bias, captured, given, at, options)
+    x = _product(_rows(q), k.mT).reshape(*q.shape[:-1], -1)
+    y = scores(x, bias, captured, given, at, options)
     if partial:
         y = jnp.where(seen(given.mask, at), y, -jnp.inf)
     higher = jnp.maximum(peak, y.max(-1))
@@ -114,29 +117,37 @@ def attend(carry, q, k, v, bias, captured, given, at: Place, options: Options, p
     weights, decay = exp2(y - shift[..., None]), exp2(peak - shift)
     total = total * decay + weights.sum(-1)
     weights = dropped(weights, given.dropout, at)
-    return o * decay[..., None] + _product("PGTS,PSV->PGTV", weights, v), higher, total
+    return o * decay[..., None] + _product(_rows(weights), v).reshape(o.shape), higher, total
 
 
 def gradients(q, k, v, keys, do, lse, delta, bias, captured, given, at, options, partial):
-    """Of queries (P H G queries), k, v, bias and captured arrays. keys is k as (P H keys)."""
+    """Of queries (P H G queries), k, v, bias and captured arrays; keys is k as (P H keys).
+
+    All but that of v are per unit of y, so LOG2E times too large.
+    """
+    q, do = _rows(q), _rows(do)
+    square = len(k), k.shape[1], at.heads[1], -1
     score = lambda x, bias, captured: scores(x, bias, captured, given, at, options)
-    y, pull = jax.vjp(score, _product("PSH,PGTH->PSGT", k, q), bias, captured)
+    y, pull = jax.vjp(score, _product(k, q.mT).reshape(square), bias, captured)
     if partial:
         y = jnp.where(seen(given.mask, at), y, -jnp.inf)
     weights = exp2(y - lse[:, None])
-    dweights = dropped(_product("PSV,PGTV->PSGT", v, do), given.dropout, at)
-    # over LOG2E, the unit of y, which pull multiplies by
-    dx, dbias, dcaptured = pull(weights * (dweights - delta[:, None]) / LOG2E)
-    dk = _product("PSGT,PGTH->PSH", dx, q)
-    dv = _product("PSGT,PGTV->PSV", dropped(weights, given.dropout, at), do)
-    return _product("PHS,PSGT->PHGT", keys, dx), dk, dv, dbias, dcaptured
+    dweights = dropped(_product(v, do.mT).reshape(square), given.dropout, at)
+    dx, dbias, dcaptured = pull(weights * (dweights - delta[:, None]))
+    dx = dx.reshape(*dx.shape[:2], -1)
+    weights = dropped(weights, given.dropout, at).reshape(dx.shape)
+    return _product(keys, dx), _product(dx, q), _product(weights, do), dbias, dcaptured
 
 
-def _product(letters, a, b):
-    """Summed in float32; float32 weights meet narrower values in the values' dtype."""
+def _rows(x):
+    """(P G rows A) -> (P, G rows, A): the heads of a key head are more rows of one product."""
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _product(a, b):
+    """a b, summed in float32; float32 weights meet narrower values in the values' dtype."""
     dtype = min(a.dtype, b.dtype, key=lambda x: x.itemsize)
-    a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def exp2(x):
@@ -148,7 +159,9 @@ def _exp2_polynomial(x):
     """XLA's exp2 on CPU takes 2.6 times as long. x = n + r: a polynomial in r times 2^n."""
     x = jnp.maximum(x, -127.0)
     n = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-    power = lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
+    # adding 1.5 * 2^23 leaves n in the low bits: quicker than a conversion to integers
+    n_bits = lax.bitcast_convert_type(n + np.float32(1.5 * 2**23 + 127), jnp.int32)
+    power = lax.bitcast_convert_type(n_bits << 23, jnp.float32)
     return functools.reduce(lambda total, c: total * (x - n) + c, _COEFFICIENTS) * power
 
 
