@@ -10,8 +10,7 @@ all give the same outputs and the same state. `length` is the most tokens a stat
 recurrent state holds any number and ignores it by its nature.
 """
 
-import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,7 @@ class Streaming(Protocol):
     ) -> tuple[State, Float[Array, "B T D"]]: ...
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(NamedTuple):
     """Keys and values seen so far, in arrays of a fixed size. `length` of them are filled.
 
     Appending more than fit overwrites the end: a caller asks for enough in `init_state`.

@@ -10,6 +10,9 @@ at chosen paths are changed:
 The attention matrix needs no code of a mechanism: attention is linear in its values, so the
 output for values that are the identity is the matrix. This holds for softmax, linear, sparse and
 local attention alike. Transform before jit: jit(edit.rewrite(model.apply, ...)).
+
+Transforms compose, the innermost nearest to the mechanism: `read(rewrite(apply))` gives the maps as
+rewritten.
 """
 
 import fnmatch
@@ -56,15 +59,16 @@ def rewrite(
       weights: (B N T S) -> (B N T S), by the matrix: O(T S) memory.
       heads: those of logits and weights that change; None is all.
 
-    The new function raises ValueError where no path matches, and NotImplementedError at a
-    mechanism that has no logits (or no queries, keys and values).
+    The new function raises ValueError where no path matches or a head doesn't exist, and
+    NotImplementedError at a mechanism that has no logits (or no queries, keys and values).
     """
 
-    def around(path, attend, q, k, v, *arrays, **options):
+    def around(path, fn, attend, q, k, v, *arrays, **options):
+        _check_heads(path, heads, q.shape[-2])
         if qk is not None:
             q, k = qk(path, q, k)
         if logits is not None:
-            options["score_mod"] = _compose(path, attend, options, _only(logits, heads))
+            options["score_mod"] = _compose(path, fn, options, _only(logits, heads))
         if weights is None:
             return attend(q, k, v, *arrays, **options)
         w = matrix(attend, q, k, v, *arrays, **options)
@@ -88,7 +92,7 @@ def read(apply: Callable, *, where: str = "*", what: str = "weights") -> Callabl
     def reading(*args, **kwargs):
         found = {}
 
-        def around(path, attend, q, k, v, *arrays, **options):
+        def around(path, _, attend, q, k, v, *arrays, **options):
             found[path] = (q, k) if what == "qk" else matrix(attend, q, k, v, *arrays, **options)
             return attend(q, k, v, *arrays, **options)
 
@@ -98,25 +102,28 @@ def read(apply: Callable, *, where: str = "*", what: str = "weights") -> Callabl
 
 
 def _wrap(apply, where, around):
-    """`apply` in which each Attend at a matching path calls `around(path, fn, *args)` instead."""
+    """`apply` in which each Attend at a path that matches is replaced.
+
+    `around(path, fn, attend, *arrays, **options)` is called instead: fn is the mechanism's function
+    as it stands in the module, and `attend` calls it through the transforms that lie nearer to it.
+    """
+    if isinstance(apply, jax.stages.Wrapped):
+        raise ValueError("apply is jitted already; jit what comes out: jit(rewrite(apply))")
 
     def wrapped(*args, **kwargs):
         seen, matched = [], []
 
-        def interceptor(next_fun, call_args, call_kwargs, context):
+        def interceptor(attend, arrays, options, context):
             if not isinstance(context.module, layers.Attend) or context.method_name != "__call__":
-                return next_fun(*call_args, **call_kwargs)
+                return attend(*arrays, **options)
             path = "/".join(context.module.path)
-            if "layers" in context.module.path:
-                raise NotImplementedError(f"{path} is in a scan over layers; build with scan=False")
             seen.append(path)
             if not fnmatch.fnmatchcase(path, where):
-                return next_fun(*call_args, **call_kwargs)
+                return attend(*arrays, **options)
             matched.append(path)
-            _check(path, call_args)
-            return around(path, next_fun_of(context), *call_args, **call_kwargs)
+            _check(path, arrays)
+            return around(path, context.module.fn, attend, *arrays, **options)
 
-        next_fun_of = lambda context: context.module.fn
         with nn.intercept_methods(interceptor):
             out = apply(*args, **kwargs)
         if not matched:
@@ -127,12 +134,18 @@ def _wrap(apply, where, around):
 
 
 def _check(path, arrays):
+    if "layers" in path.split("/"):
+        raise NotImplementedError(f"{path} is in a scan over layers; build with scan=False")
     if len(arrays) < 3 or not all(getattr(x, "ndim", 0) >= 4 for x in arrays[:3]):
         raise NotImplementedError(f"{path} does not attend by queries, keys and values")
 
 
-def _compose(path, attend, options, mod):
-    fn = attend
+def _check_heads(path, heads, N):
+    if heads is not None and not all(0 <= n < N for n in heads):
+        raise ValueError(f"{heads=} must be among the {N} heads of {path}")
+
+
+def _compose(path, fn, options, mod):
     while isinstance(fn, functools.partial):
         fn = fn.func
     if "score_mod" not in inspect.signature(fn).parameters:

@@ -50,6 +50,30 @@ class Dense(nn.Module):
         return nn.Dense(self.features, use_bias=self.use_bias, dtype=self.dtype, name="dense")(x)
 
 
+class Conv(nn.Module):
+    """A convolution over the axes before the last, borders filled up with zeros.
+
+    Parameters `conv/kernel` (kernel size, D, F) and, if asked, `conv/bias`.
+    """
+
+    features: int
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *X D"]) -> Float[Array, "B *Z F"]:
+        return nn.Conv(
+            self.features,
+            self.kernel_size,
+            self.strides or 1,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+
+
 class Table(nn.Module):
     """A learned array that is looked up or used whole; parameter `table`, kept in every device."""
 

@@ -155,11 +155,11 @@ def of_kind(kind: type[Record]) -> dict[str, Any]:
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """`"gqa(num_kv_heads=2)"` -> ("softmax.gqa", {"num_kv_heads": 2}).
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """`"gqa(num_kv_heads=2)"` -> ("gqa", {"num_kv_heads": 2}); `"gqa"` -> ("gqa", {}).
 
-    A mechanism and its options in one string, so that a command line, a config and a card of the
-    zoo say the same. Options are Python literals; nothing is executed.
+    A name and its options in one string, so that a command line, a config and a card of the zoo
+    say the same. Options are Python literals; nothing is executed. ValueError for other text.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
@@ -167,9 +167,14 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         if call.args:
             raise ValueError
         options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        name = ast.unparse(call.func)
+        return ast.unparse(call.func), options
     except (SyntaxError, ValueError):
         raise ValueError(f"{text!r} is not of the form name or name(option=value, ...)") from None
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """As `parse_call`, with the full name of a record: ("softmax.gqa", {"num_kv_heads": 2})."""
+    name, options = parse_call(text)
     return full_name(name), options
 
 

@@ -14,7 +14,7 @@ BATCH = P(("data", "fsdp"), "context")  # of an array (B T ...)
 RULES: tuple[tuple[str, P], ...] = (
     (r"/heads/kernel$", P("fsdp", "tensor", None)),  # D N H
     (r"/merge/kernel$", P("tensor", None, "fsdp")),  # N H D
-    (r"/up/dense/kernel$", P("fsdp", "tensor")),  # D F
+    (r"/(up|gate)/dense/kernel$", P("fsdp", "tensor")),  # D F
     (r"/down/dense/kernel$", P("tensor", "fsdp")),  # F D
     (r"/dense/kernel$", P("fsdp", None)),
     (r"/embedding$", P(None, "fsdp")),  # vocabulary D

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jax import lax
 
 from attnjax.core import masks
 
@@ -31,9 +31,9 @@ class Schedule:
     that can occur at all, of masks.FULL and masks.PARTIAL.
     """
 
-    order: Int[Array | np.ndarray, "#B #C tq tk"]
-    full: Int[Array | np.ndarray, "#B #C tq"]
-    some: Int[Array | np.ndarray, "#B #C tq"]
+    order: jax.Array | np.ndarray  # (B|1 C|1 tq tk)
+    full: jax.Array | np.ndarray  # (B|1 C|1 tq)
+    some: jax.Array | np.ndarray
     block_q: int
     block_k: int
     heads: tuple[int, int, int]
@@ -45,25 +45,46 @@ class Schedule:
         lists = (jnp.asarray(x) for x in (self.order, self.full, self.some))
         return tuple(x[b if x.shape[0] > 1 else 0, c if x.shape[1] > 1 else 0] for x in lists)
 
-    def chunk(self, x, unit):
+    def of_chunk(self, x, unit):
         """The part (P G) of an array by heads."""
         return jnp.asarray(x).reshape(self.heads)[unit % self.heads[0]]
 
-    def cut(self, x, block, fill=None):
+    def over_keys(self, order, step, carry):
+        """`step(key tile, carry, partial)` over the tiles of a row of `rows`."""
+        tiles, full, some = order
+        for kind in self.kinds:
+            first, end = (0, full) if kind == masks.FULL else (full, some)
+            body = lambda x, carry, partial=kind == masks.PARTIAL: step(tiles[x], carry, partial)
+            carry = lax.fori_loop(first, end, body, carry)
+        return carry
+
+    def cut(self, q_scale, q, k, v, bias):
+        """Queries, keys, values in tiles (see `_cut`; keys without G), and bias padded to tiles."""
+        if bias is not None:
+            for axis, block in ((2, self.block_q), (3, self.block_k)):
+                bias = _pad(bias, axis, block) if bias.shape[axis] > 1 else bias
+        k, v = (self._cut(x, self.block_k)[:, :, :, 0] for x in (k, v))
+        return self.cut_rows(q * q_scale), k, v, bias
+
+    def cut_rows(self, x, fill=None):
+        """Queries, or what has their axes (B T N A), in tiles (B C, tq, P, G, block, A)."""
+        return self._cut(x, self.block_q, fill)
+
+    def _cut(self, x, block, fill=None):
         """(B L N A) -> (B C, tiles, P, G or 1 for keys, block, A), the last tile padded."""
         (C, P, _), (B, _, N, A) = self.heads, x.shape
-        x = pad(x, 1, block, fill).reshape(B, -1, block, C, P, N // (C * P), A)
+        x = _pad(x, 1, block, fill).reshape(B, -1, block, C, P, N // (C * P), A)
         x = x.transpose(0, 3, 1, 4, 5, 2, 6)
         return x.reshape(B * C, *x.shape[2:])
 
     def join(self, x, length):
-        """The inverse of `cut`, for (B C, tiles, P, G or 1, block, A)."""
-        (C, P, _), (_, count, _, G, block, A) = self.heads, x.shape
+        """The inverse of `cut_rows`."""
+        (C, P, G), (_, count, _, _, block, A) = self.heads, x.shape
         x = x.reshape(-1, C, count, P, G, block, A).transpose(0, 2, 5, 1, 3, 4, 6)
         return x.reshape(-1, count * block, C * P * G, A)[:, :length]
 
 
-def pad(x, axis, block, fill=None):
+def _pad(x, axis, block, fill=None):
     """x with `axis` filled up to a multiple of `block`, by `fill` or else by its last entry."""
     widths = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
     if widths[axis] == (0, 0):
@@ -98,7 +119,9 @@ def _sizes(mask, T, S):
     """Tile sizes (queries, keys) to choose from, the largest first."""
     if blocks := list(_blocks(mask)):
         q, k = (math.gcd(_TILE, *sizes) for sizes in zip(*blocks, strict=True))
-        return [(q if _ALIGN <= q <= T else _even(T, _TILE), k if _ALIGN <= k <= S else _even(S, _TILE))]
+        return [
+            (q if _ALIGN <= q <= T else _even(T, _TILE), k if _ALIGN <= k <= S else _even(S, _TILE))
+        ]
     return [(_even(T, size), _even(S, size)) for size in (_TILE, _TILE // 2, _TILE // 4)]
 
 

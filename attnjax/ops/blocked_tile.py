@@ -6,42 +6,38 @@ left factor: XLA's products on CPU are half as fast otherwise. Scores are in uni
 because exp2 is cheaper than exp.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from attnjax.core.masks import Mask
+from attnjax.ops.blocked_arguments import Given, Learned, Options
+from attnjax.ops.blocked_exp2 import exp2
 from attnjax.ops.dense_attention import over_tile
-from attnjax.ops.dropout import Dropout
 
 LOG2E = math.log2(math.e)
 
 
-class Options(NamedTuple):
-    """What is known while tracing. score_mod takes what it captured before its five scalars."""
+class Tile(NamedTuple):
+    """Where a tile lies, and how, and what its scores depend on."""
 
-    scale: float  # from products to units of log 2
-    softcap: float | None
-    score_mod: Callable | None
-
-
-class Place(NamedTuple):
-    """Where a tile lies and how."""
-
-    b: jax.Array  # [1] batch index
-    n: jax.Array  # [P G] head indices
+    start: tuple  # batch, head, row and column where it starts in the padded score matrix
+    heads: tuple[int, int]  # P, G
     t: jax.Array  # [queries] positions
     s: jax.Array  # [keys] positions
-    start: tuple  # batch, head, row and column where it starts in the padded score matrix
     exists: jax.Array  # [keys] False for padding
-    heads: tuple[int, int]  # P, G
+    partial: bool  # whether it needs the mask
     transposed: bool
+    given: Given
+    options: Options
+
+    @property
+    def indices(self):
+        """b [1], n [P G], t [queries] and s [keys]."""
+        b, n = self.start[:2]
+        return jnp.reshape(b, 1), n + jnp.arange(math.prod(self.heads)), self.t, self.s
 
     def lay(self, x):
         """(1, 1 or P G, queries, keys) -> the order of axes in which the tile lies."""
@@ -55,7 +51,7 @@ class Place(NamedTuple):
 
     def corner(self, x):
         """Start and shape of this tile's part of x, which broadcasts to the score matrix."""
-        shape = 1, len(self.n), len(self.t), len(self.s)
+        shape = 1, math.prod(self.heads), len(self.t), len(self.s)
         wide = [n > 1 for n in x.shape]
         start = [at if w else 0 for at, w in zip(self.start, wide, strict=True)]
         return start, [n if w else 1 for n, w in zip(shape, wide, strict=True)]
@@ -65,78 +61,95 @@ class Place(NamedTuple):
         return None if x is None else lax.dynamic_slice(x, *self.corner(x))
 
     def add(self, x, part):
-        """x with `part` added at this tile's part."""
+        """x with `part` added to this tile's part."""
         if x is None:
             return None
         return lax.dynamic_update_slice(x, self.part(x) + part, self.corner(x)[0])
 
 
-def scores(x, bias, captured, given, at: Place, options: Options):
-    """Products of queries and keys -> scores, before the mask, in units of log 2."""
-    if options.scale != 1:
-        x = x * options.scale
-    if options.softcap is not None:
-        cap = options.softcap * LOG2E
-        x = cap * jnp.tanh(x / cap)
-    if bias is not None:
-        x = x + at.lay(bias.astype(jnp.float32)) * LOG2E
-    if options.score_mod is not None:
-        score_mod = over_tile(lambda *scalars: options.score_mod(captured, given.constants, *scalars))
-        x = at.lay(score_mod(at.unlay(x / LOG2E), at.b, at.n, at.t, at.s)) * LOG2E
-    return x
+def place(given, options, unit, i, j, *, partial, transposed) -> Tile:
+    """The tile of chunk `unit`, query tile i and key tile j."""
+    plan = given.schedule
+    C, P, G = plan.heads
+    return Tile(
+        start=(unit // C, unit % C * P * G, i * plan.block_q, j * plan.block_k),
+        heads=(P, G),
+        t=given.t[i],
+        s=given.s[j],
+        exists=jnp.asarray(given.exists)[j],
+        partial=partial,
+        transposed=transposed,
+        given=given,
+        options=options,
+    )
 
 
-def seen(mask: Mask | None, at: Place):
-    """What the tile's queries may see of its keys, laid to broadcast to the tile."""
-    exists = at.lay(at.exists[None, None, None])
-    if mask is None:
-        return exists
-    visible = mask.visible(at.t, at.s)
-    start, shape = at.corner(visible)
-    visible = lax.dynamic_slice(visible, (*start[:2], 0, 0), (*shape[:2], *visible.shape[2:]))
-    return at.lay(visible) & exists
-
-
-def dropped(weights, dropout: Dropout | None, at: Place):
-    """Weights of which some are dropped and the others scaled."""
-    if dropout is None:
-        return weights
-    kept = at.lay(dropout.keep(*jnp.ix_(at.b, at.n, at.t, at.s)))
-    return jnp.where(kept, weights / (1 - dropout.rate), 0.0)
-
-
-def attend(carry, q, k, v, bias, captured, given, at: Place, options: Options, partial):
+def attend(tile: Tile, carry, q, k, v, learned: Learned):
     """Add a tile to (o, peak, total) of the online softmax. q (P G queries H), k (P keys H)."""
     o, peak, total = carry
     x = _product(_rows(q), k.mT).reshape(*q.shape[:-1], -1)
-    y = scores(x, bias, captured, given, at, options)
-    if partial:
-        y = jnp.where(seen(given.mask, at), y, -jnp.inf)
+    y = _masked(tile, _scores(tile, x, tile.part(learned.bias), learned.captured))
     higher = jnp.maximum(peak, y.max(-1))
     shift = jnp.where(higher == -jnp.inf, 0.0, higher)  # -inf - -inf is NaN
     weights, decay = exp2(y - shift[..., None]), exp2(peak - shift)
     total = total * decay + weights.sum(-1)
-    weights = dropped(weights, given.dropout, at)
+    weights = _dropped(tile, weights)
     return o * decay[..., None] + _product(_rows(weights), v).reshape(o.shape), higher, total
 
 
-def gradients(q, k, v, keys, do, lse, delta, bias, captured, given, at, options, partial):
+def gradients(tile: Tile, q, k, v, keys, do, lse, delta, learned: Learned):
     """Of queries (P H G queries), k, v, bias and captured arrays; keys is k as (P H keys).
 
     All but that of v are per unit of y, so LOG2E times too large.
     """
     q, do = _rows(q), _rows(do)
-    square = len(k), k.shape[1], at.heads[1], -1
-    score = lambda x, bias, captured: scores(x, bias, captured, given, at, options)
-    y, pull = jax.vjp(score, _product(k, q.mT).reshape(square), bias, captured)
-    if partial:
-        y = jnp.where(seen(given.mask, at), y, -jnp.inf)
-    weights = exp2(y - lse[:, None])
-    dweights = dropped(_product(v, do.mT).reshape(square), given.dropout, at)
+    square = len(k), k.shape[1], tile.heads[1], -1
+    scores = lambda *args: _scores(tile, *args)
+    x = _product(k, q.mT).reshape(square)
+    y, pull = jax.vjp(scores, x, tile.part(learned.bias), learned.captured)
+    weights = exp2(_masked(tile, y) - lse[:, None])
+    dweights = _dropped(tile, _product(v, do.mT).reshape(square))
     dx, dbias, dcaptured = pull(weights * (dweights - delta[:, None]))
     dx = dx.reshape(*dx.shape[:2], -1)
-    weights = dropped(weights, given.dropout, at).reshape(dx.shape)
+    weights = _dropped(tile, weights).reshape(dx.shape)
     return _product(keys, dx), _product(dx, q), _product(weights, do), dbias, dcaptured
+
+
+def _scores(tile, x, bias, captured):
+    """Products of queries and keys -> scores, before the mask."""
+    options = tile.options
+    x = x * options.scale
+    if options.softcap is not None:
+        cap = options.softcap * LOG2E
+        x = cap * jnp.tanh(x / cap)
+    if bias is not None:
+        x = x + tile.lay(bias.astype(jnp.float32)) * LOG2E
+    if options.score_mod is not None:
+        score_mod = lambda *scalars: options.score_mod(captured, tile.given.constants, *scalars)
+        x = tile.lay(over_tile(score_mod)(tile.unlay(x / LOG2E), *tile.indices)) * LOG2E
+    return x
+
+
+def _masked(tile, y):
+    """-inf where a query may not see a key, or where the key is padding."""
+    if not tile.partial:
+        return y
+    seen = tile.lay(tile.exists[None, None, None])
+    if tile.given.mask is not None:
+        visible = tile.given.mask.visible(tile.t, tile.s)
+        (b, n, _, _), shape = tile.corner(visible)
+        visible = lax.dynamic_slice(visible, (b, n, 0, 0), (*shape[:2], *visible.shape[2:]))
+        seen = seen & tile.lay(visible)
+    return jnp.where(seen, y, -jnp.inf)
+
+
+def _dropped(tile, weights):
+    """Weights of which some are dropped and the others scaled."""
+    dropout = tile.given.dropout
+    if dropout is None:
+        return weights
+    kept = tile.lay(dropout.keep(*jnp.ix_(*tile.indices)))
+    return jnp.where(kept, weights / (1 - dropout.rate), 0.0)
 
 
 def _rows(x):
@@ -148,28 +161,3 @@ def _product(a, b):
     """a b, summed in float32; float32 weights meet narrower values in the values' dtype."""
     dtype = min(a.dtype, b.dtype, key=lambda x: x.itemsize)
     return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def exp2(x):
-    """2^x for x <= 127 in float32, exactly 0 below -127; has no derivative of its own."""
-    return lax.platform_dependent(x, cpu=_exp2_polynomial, default=jnp.exp2)
-
-
-def _exp2_polynomial(x):
-    """XLA's exp2 on CPU takes 2.6 times as long. x = n + r: a polynomial in r times 2^n."""
-    x = jnp.maximum(x, -127.0)
-    n = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-    # adding 1.5 * 2^23 leaves n in the low bits: quicker than a conversion to integers
-    n_bits = lax.bitcast_convert_type(n + np.float32(1.5 * 2**23 + 127), jnp.int32)
-    power = lax.bitcast_convert_type(n_bits << 23, jnp.float32)
-    return functools.reduce(lambda total, c: total * (x - n) + c, _COEFFICIENTS) * power
-
-
-def _fit(degree):
-    """Coefficients for 2^r on [-1/2, 1/2], least squares of the relative error."""
-    r = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
-    powers = np.vander(r, degree + 1) / 2 ** r[:, None]
-    return np.linalg.lstsq(powers, np.ones(len(r)), rcond=None)[0].astype(np.float32)
-
-
-_COEFFICIENTS = _fit(5)  # within 2e-7 of 2^r

@@ -24,7 +24,9 @@ def test_rate(rate):
 
 def test_a_part_is_decided_as_in_the_whole():
     d = dropout.Dropout(0.4, jax.random.key(1))
-    part = d.keep(*jnp.ix_(jnp.array([1]), jnp.array([2, 3]), jnp.arange(7, 20), jnp.arange(30, 64)))
+    part = d.keep(
+        *jnp.ix_(jnp.array([1]), jnp.array([2, 3]), jnp.arange(7, 20), jnp.arange(30, 64))
+    )
     np.testing.assert_array_equal(part, kept(0.4, 1)[1:2, 2:4, 7:20, 30:])
 
 

@@ -1,0 +1,95 @@
+"""What a run leaves behind: config.json, env.txt, metrics.jsonl, TensorBoard events, plots."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import jax
+
+
+class RunDirectory:
+    """The folder of one run. Only process 0 writes; a resumed run appends."""
+
+    def __init__(self, path: os.PathLike | str, config, *, model: dict):
+        self.path = pathlib.Path(path)
+        self.writes = jax.process_index() == 0
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            content = {"config": dataclasses.asdict(config), "model": model}
+            (self.path / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+            (self.path / "env.txt").write_text(environment())
+        self._events = None
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps after `step`: a run that resumes there will write them again."""
+        file = self.path / "metrics.jsonl"
+        if self.writes and file.exists():
+            kept = [line for line in metrics(self.path) if line["step"] <= step]
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def log(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl, and the same as TensorBoard scalars."""
+        if not self.writes:
+            return
+        line = {"step": step, "time": time.time(), **values}
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush the events and draw the curves."""
+        if self._events is not None:
+            self._events.close()
+        if self.writes and (self.path / "metrics.jsonl").exists():
+            plot(self.path)
+
+
+def metrics(path: os.PathLike | str) -> list[dict]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for text in (pathlib.Path(path) / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot(path: os.PathLike | str) -> pathlib.Path:
+    """Curves of every metric over steps, training and test side by side: plots/curves.png."""
+    from matplotlib.figure import Figure
+
+    lines = metrics(path)
+    names = ("loss", "accuracy", "gradient_norm")
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        for key, style in ((name, dict(alpha=0.7)), (f"test_{name}", dict(marker="o", ms=3))):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+        axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.legend(frameon=False)
+    file = pathlib.Path(path) / "plots" / "curves.png"
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=120)
+    return file
+
+
+def environment() -> str:
+    """Machine, devices and versions, a line each."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    device = jax.devices()[0]
+    machine = f"{platform.platform()}, {os.cpu_count()} cores"
+    devices = f"{len(jax.devices())} x {device.device_kind} ({device.platform})"
+    return "\n".join([machine, devices, f"python {sys.version.split()[0]}", *versions]) + "\n"

@@ -1,0 +1,135 @@
+"""What is particular to DuoAttention: decoding past the ring, and finding gates."""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.cache_policies import duoattention as duo
+from attnjax.core import attention, masks, positions
+from attnjax.ops import dot_product_attention as ops
+
+KEY = jax.random.key(0)
+POLICY = duo.Policy((False, True, False), sinks=2, recent=3)
+B, T, H = 2, 17, 8  # the ring wraps around more than four times
+
+
+def reference(q, k, v, policy):
+    """Over the whole sequence at once, by a mask of its own for each key head."""
+    whole, short = masks.dense(masks.Causal(), T, T), masks.dense(duo.streaming_mask(2, 3), T, T)
+    heads = [whole if keep else short for keep in policy.retrieval for _ in range(2)]
+    return ops.dot_product_attention(q, k, v, mask=masks.Dense(jnp.concatenate(heads, 1)))
+
+
+def stream(q, k, v, policy, pieces):
+    extend = jax.jit(functools.partial(policy.extend, ops.dot_product_attention))
+    state, outputs = policy.empty(*k.shape, v.shape[-1], k.dtype), []
+    for part in np.split(np.arange(k.shape[1]), np.cumsum(pieces)[:-1]):
+        state, o = extend(state, q[:, part], k[:, part], v[:, part])
+        outputs.append(o)
+    return state, jnp.concatenate(outputs, 1)
+
+
+@pytest.mark.parametrize("pieces", [(1,) * 17, (9, 1, 1, 6), (17,)], ids=["steps", "chunks", "one"])
+def test_decoding_equals_the_mask(pieces):
+    q, k, v = jax.random.normal(KEY, (3, B, T, 6, H))
+    k, v = k[:, :, :3], v[:, :, :3]
+    state, o = stream(q, k, v, POLICY, pieces)
+    chex.assert_trees_all_close(o, reference(q, k, v, POLICY), rtol=1e-5, atol=1e-6)
+    at = np.array([0, 1, 14, 15, 16])  # 2 sinks, then slots of the ring: 14 is a multiple of 3 on
+    chex.assert_trees_all_equal(state.short_k, k[:, at][:, :, [0, 2]])
+    chex.assert_trees_all_equal(state.full_v, v[:, :, 1:2])
+    assert state.length == T
+
+
+def test_only_retrieval_heads_grow_with_the_length():
+    empty = lambda n: jax.eval_shape(lambda: POLICY.empty(1, n, 3, 128, 128, jnp.bfloat16))
+    size = lambda state: sum(x.size for x in state[:4])
+    assert size(empty(200)) == POLICY.entries(1, 200, 128, 128) == (200 + 2 * 5) * 2 * 128
+    assert size(empty(200)) - size(empty(100)) == 100 * 2 * 128
+
+
+def test_a_state_keeps_its_dtype():
+    x = jnp.zeros((1, 4, 3, H))
+    empty = POLICY.empty(1, 9, 3, H, H, jnp.bfloat16)
+    state, _ = jax.eval_shape(
+        functools.partial(POLICY.extend, ops.dot_product_attention), empty, x, x, x
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, empty)
+
+
+class Streamed(attention.KeyValueAttention):
+    """Attention with rotated positions whose state is that of a policy."""
+
+    fn: Callable[..., jax.Array] = ops.dot_product_attention
+
+    def init_state(self, batch, length):
+        return POLICY.empty(batch, length, self.num_kv_heads, H, H, jnp.float32)
+
+    def extend(self, state, x):
+        q, k, v = self._project(x, state.length + jnp.arange(x.shape[1]))
+        state, o = POLICY.extend(self.attend, state, q, k, v)
+        return state, self.out(o, x.shape[-1])
+
+
+def test_is_the_state_of_a_module():
+    model, x = Streamed(6, H, num_kv_heads=3, rotary_base=100.0), jax.random.normal(KEY, (B, T, 12))
+    params = jax.jit(model.init)(KEY, x)
+
+    @jax.jit
+    def decode(x):
+        step = lambda state, x: model.apply(params, state, x[:, None], method="extend")
+        return jax.lax.scan(step, model.apply(params, B, T, method="init_state"), x.swapaxes(0, 1))
+
+    short = masks.dense(duo.streaming_mask(2, 3), T, T)
+    kept = jnp.repeat(jnp.array(POLICY.retrieval), 2)[None, :, None, None]
+    mask = masks.Causal() & masks.Dense(short | kept)
+    y = decode(x)[1][:, :, 0].swapaxes(0, 1)
+    chex.assert_trees_all_close(y, model.apply(params, x, mask=mask), rtol=1e-5, atol=1e-6)
+
+
+def test_gates_at_their_ends():
+    q, k, v = jax.random.normal(KEY, (3, B, T, 6, H))
+    k, v = k[:, :, :3], v[:, :, :3]
+    o = duo.gated(q, k, v, jnp.array([0.0, 1.0, 0.0]), sinks=2, recent=3)
+    chex.assert_trees_all_close(o, reference(q, k, v, POLICY), rtol=1e-5, atol=1e-6)
+
+
+def test_training_of_gates_finds_the_head_that_retrieves():
+    """Head 2 looks 20 tokens back, to where a passkey stands; the others at what is near."""
+    T, answers = 32, jnp.arange(32)[None] >= 28
+    place = positions.sinusoidal(T, 16, base=30.0)
+    looks_at = jnp.stack([jnp.roll(place, lag, 0) for lag in (0, 1, 20, 2)], 1)
+    q, k = 8 * looks_at[None], jnp.broadcast_to(place[None, :, None], (1, T, 4, 16))
+    v, merge = jax.random.normal(KEY, (1, T, 4, 8)), jax.random.normal(KEY, (4, 8, 16))
+    hidden = lambda o: jnp.einsum("BTNH,NHD->BTD", o, merge)
+    full = hidden(duo.gated(q, k, v, jnp.ones(4), sinks=1, recent=6))
+
+    def loss(gates):
+        mixed = hidden(duo.gated(q, k, v, gates[0], sinks=1, recent=6))
+        return duo.gate_loss(mixed, full, answers, gates)
+
+    step = lambda _, gates: jnp.clip(gates - 0.05 * jax.grad(loss)(gates), 0, 1)
+    gates = jax.jit(lambda: jax.lax.fori_loop(0, 400, step, jnp.ones((1, 4))))()
+    assert gates[0, 2] > 0.8 and jnp.delete(gates[0], 2).max() < 0.2
+    np.testing.assert_array_equal(duo.binarise(gates, full=0.25), [[False, False, True, False]])
+
+
+def test_binarise_keeps_the_share_whatever_the_layer():
+    gates = jnp.array([[0.9, 0.1, 0.5], [0.5, 0.8, 0.7]])
+    kept = duo.binarise(gates, full=4 / 6)  # of the two gates of 0.5 the first
+    np.testing.assert_array_equal(kept, [[True, False, True], [False, True, True]])
+    assert duo.binarise(gates, full=1.0).all() and not duo.binarise(gates, full=0.0).any()
+
+
+def test_wrong_options_raise():
+    with pytest.raises(ValueError, match="recent=0 at least 1"):
+        duo.Policy((True,), recent=0)
+    with pytest.raises(ValueError, match="num_kv_heads=2 must be 3"):
+        POLICY.empty(1, 8, 2, 4, 4, jnp.float32)
+    with pytest.raises(ValueError, match="full=2.0 must be in"):
+        duo.binarise(jnp.ones((1, 2)), full=2.0)

@@ -1,0 +1,131 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core import masks
+from attnjax.cross import pointer_network as pointers
+from tests import training
+
+KEY = jax.random.key(0)
+module = pointers.PointerNetwork(16)
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def arrays(T=4, S=9):
+    return draw(2, T, 8, seed=1), draw(2, S, 8, seed=2), 3 * draw(8, seed=3)
+
+
+@pytest.mark.parametrize("S", [1, 5, 12])
+def test_gives_a_distribution_over_any_number_of_inputs(S):
+    params = jax.jit(module.init)(KEY, draw(2, 3, 6), draw(2, 7, 4))
+    p = module.apply(params, draw(2, 3, 6), draw(2, S, 4))
+    assert p.shape == (2, 3, S) and (p > 0).all()
+    chex.assert_trees_all_close(p.sum(-1), jnp.ones((2, 3)), rtol=1e-5)
+
+
+def test_permuted_inputs_permute_the_distribution():
+    q, k, w = arrays()
+    order = jax.random.permutation(KEY, 9)
+    p = pointers.pointer_network(q, k, w)
+    chex.assert_trees_all_close(pointers.pointer_network(q, k[:, order], w), p[..., order])
+
+
+def test_what_is_masked_has_probability_zero():
+    q, k, w = arrays()
+    mask = masks.Valid(jnp.arange(9)[None] % 3 > 0) & masks.Segments(jnp.zeros((2, 9), int))
+    p = pointers.pointer_network(q, k, w, mask=mask)
+    kept = jnp.array([1, 2, 4, 5, 7, 8])
+    assert not p[..., ::3].any()
+    chex.assert_trees_all_close(p[..., kept], pointers.pointer_network(q, k[:, kept], w))
+
+
+def test_refuses_a_mask_for_each_head():
+    with pytest.raises(ValueError, match="mask for 2 heads must be for 1"):
+        pointers.pointer_network(*arrays(), mask=masks.Dense(jnp.ones((1, 2, 4, 9), bool)))
+
+
+def test_decoding_gives_permutations_of_what_is_valid():
+    q, k, w = arrays(T=9)
+    valid = jnp.stack([jnp.arange(9) < 9, jnp.arange(9) % 2 == 0])
+
+    def point(t, last, mask):  # even one that forgets its mask
+        del last, mask
+        return t + 1, pointers.pointer_network(q[:, t][:, None], k, w)[:, 0]
+
+    found = jax.jit(lambda: pointers.decode_permutation(point, 0, valid))()
+    assert sorted(found[0].tolist()) == list(range(9))
+    assert sorted(found[1, :5].tolist()) == [0, 2, 4, 6, 8]
+    assert found[1, 5:].tolist() == [-1] * 4
+
+
+def test_decoding_takes_the_best_choice_that_is_left():
+    scores = jnp.array([[0.1, 0.4, 0.2, 0.3]])
+    seen = []
+
+    def point(state, last, mask):
+        jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.asarray, x)), last, mask.keys)
+        return state, scores
+
+    found = pointers.decode_permutation(point, (), jnp.ones((1, 4), bool))
+    jax.effects_barrier()
+    assert found.tolist() == [[1, 3, 2, 0]]
+    assert [int(last[0]) for last, _ in seen] == [-1, 1, 3, 2]
+    assert [int(left.sum()) for _, left in seen] == [4, 3, 2, 1]
+
+
+# ---- the claim: learns to put numbers in order, and does so for more numbers than in training ----
+
+START = -0.5
+
+
+class Sorter(nn.Module):
+    """Points from the number that was chosen last to the next larger one."""
+
+    @nn.compact
+    def __call__(self, last, values, mask=None):
+        encode = lambda x: jnp.concatenate(
+            [f(2.0**i * x[..., None]) for i in range(5) for f in (jnp.sin, jnp.cos)], -1
+        )
+        return pointers.PointerNetwork(64)(encode(last), encode(values), mask=mask)
+
+
+def numbers(key, batch, S):
+    """Numbers, the order they belong in, and what was chosen before each step (teacher-forced)."""
+    values = jax.random.uniform(key, (batch, S))
+    before = jnp.pad(jnp.sort(values)[:, :-1], ((0, 0), (1, 0)), constant_values=START)
+    return values, values.argsort(-1), before
+
+
+def nll(params, key):
+    values, order, before = numbers(key, 64, 6)
+    p = Sorter().apply(params, before, values)
+    return -jnp.log(jnp.take_along_axis(p, order[..., None], -1)).mean()
+
+
+def greedy(params, values):
+    def point(state, last, mask):
+        chosen = jnp.take_along_axis(values, jnp.maximum(last, 0)[:, None], 1)
+        last = jnp.where(last[:, None] < 0, START, chosen)
+        return state, Sorter().apply(params, last, values, mask=mask)[:, 0]
+
+    return pointers.decode_permutation(point, (), jnp.ones(values.shape, bool))
+
+
+def test_learns_to_sort_more_numbers_than_in_training():
+    values, _, before = numbers(KEY, 64, 6)
+    params = jax.jit(Sorter().init)(KEY, before, values)
+    params = training.fit(nll, params, steps=300, learning_rate=2e-2)
+    for S, least in ((6, 0.8), (8, 0.7), (12, 0.55)):
+        values, order, before = numbers(jax.random.key(5), 256, S)
+        chosen = jax.jit(Sorter().apply)(params, before, values).argmax(-1)
+        assert (chosen == order).mean() > least, S
+    found = jax.jit(greedy)(params, values)
+    np.testing.assert_array_equal(jnp.sort(found), jnp.tile(jnp.arange(12)[None], (256, 1)))
+    error = lambda order: abs(jnp.take_along_axis(values, order, 1) - jnp.sort(values)).mean()
+    assert error(found) < 0.25 * error(jnp.tile(jnp.arange(12)[None], (256, 1)))

@@ -1,0 +1,131 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax.core import layers, masks
+from attnjax.ops import dot_product_attention as ops
+from attnjax.slots import set_transformer as sets
+from tests import cost, training
+
+KEY = jax.random.key(0)
+BLOCKS = dict(
+    sab=sets.SAB(2, 8),
+    isab=sets.ISAB(2, 8, num_inducing=3),
+    pma=sets.PMA(2, 8, num_seeds=3),
+    whole=sets.SetTransformer(2, 8, num_seeds=2, num_inducing=None, decoder_blocks=1),
+)
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def init(module, *args):
+    return jax.jit(module.init)(KEY, *args)
+
+
+def test_scale_is_by_the_width_of_all_heads():
+    q, k, v = draw(3, 2, 7, 4, 8)
+    narrow = ops.dot_product_attention(q / 4**0.5, k, v)
+    chex.assert_trees_all_close(sets.set_transformer(q, k, v), narrow, rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_masks_by_position():
+    with pytest.raises(NotImplementedError, match="set_transformer can't honour Causal"):
+        sets.set_transformer(*draw(3, 2, 7, 4, 8), mask=masks.Causal())
+
+
+@pytest.mark.parametrize("name", ["sab", "isab"])
+def test_encoders_are_permutation_equivariant(name):
+    x, order = draw(2, 9, 12), jax.random.permutation(KEY, 9)
+    params = init(BLOCKS[name], x)
+    y, permuted = jax.jit(lambda: [BLOCKS[name].apply(params, a) for a in (x, x[:, order])])()
+    chex.assert_trees_all_close(permuted, y[:, order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_padding_changes_nothing(name):
+    module, x, mask = BLOCKS[name], draw(2, 9, 12), masks.Valid(jnp.arange(9)[None] < 6)
+    params = init(module, x)
+    padded, short = jax.jit(
+        lambda: (module.apply(params, x, mask=mask), module.apply(params, x[:, :6]))
+    )()
+    chex.assert_trees_all_close(padded[:, : short.shape[1]], short, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_parameter_is_dead(name):
+    x = draw(2, 9, 12)
+    params = init(BLOCKS[name], x)
+    loss = lambda params: (BLOCKS[name].apply(params, x) ** 3).sum()
+    for path, grad in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert grad.any(), jax.tree_util.keystr(path)
+
+
+def test_a_decoder_needs_more_than_one_seed():
+    with pytest.raises(ValueError, match="decoder_blocks=1 must be 0 with num_seeds=1"):
+        init(sets.SetTransformer(2, 8, decoder_blocks=1), draw(2, 9, 12))
+
+
+@pytest.mark.parametrize(("name", "factor"), [("isab", 2.0), ("sab", 3.0)])
+def test_inducing_points_make_the_cost_linear(name, factor):
+    count = lambda S: cost.operations(BLOCKS[name].init, KEY, jnp.zeros((1, S, 12)))
+    growth = count(1024) / count(512)
+    assert growth > factor if name == "sab" else growth <= factor
+
+
+def test_seeds_that_ask_nothing_pool_by_the_mean():
+    """Without logits PMA is what it generalises: a mean of features, then a network."""
+    x, module = draw(2, 9, 12), sets.PMA(2, 8, num_seeds=3)
+    params = init(module, x)
+    params["params"]["mab"]["query"]["heads"]["kernel"] *= 0
+    features = nn.relu(layers.Dense(12).apply(dict(params=params["params"]["feedforward"]), x))
+    one = features.mean(1, keepdims=True)
+    mab = dict(params=params["params"]["mab"])
+    seeds = jnp.tile(params["params"]["seeds"]["table"][None], (2, 1, 1))
+    expected = sets.MAB(2, 8).apply(mab, seeds, one)
+    chex.assert_trees_all_close(module.apply(params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- the claim: pooling by attention learns the largest of a set, where a mean has to guess ----
+
+
+class Largest(nn.Module):
+    """A number for a set of numbers."""
+
+    pooling: str
+
+    @nn.compact
+    def __call__(self, x, valid):
+        x = nn.relu(layers.Dense(16)(x[..., None]))
+        if self.pooling == "attention":
+            x = sets.PMA(2, 8)(x, mask=masks.Valid(valid))[:, 0]
+        else:  # Zaheer et al., "Deep Sets": as many layers before and after the mean
+            x = nn.relu(layers.Dense(16)(nn.relu(layers.Dense(16)(x))))
+            x = nn.relu(layers.Dense(16)(jnp.mean(x, 1, where=valid[..., None])))
+        return layers.Dense(1)(x)[:, 0]
+
+
+def sets_of_numbers(key, batch):
+    values, sizes = jax.random.split(key)
+    x = jax.random.uniform(values, (batch, 10))
+    valid = jnp.arange(10)[None] < jax.random.randint(sizes, (batch, 1), 1, 11)
+    return x, valid, jnp.max(x, 1, where=valid, initial=0)
+
+
+def error(net, params, key, batch):
+    x, valid, largest = sets_of_numbers(key, batch)
+    return abs(net.apply(params, x, valid) - largest).mean()
+
+
+def test_learns_the_largest_better_than_deep_sets():
+    errors = {}
+    for pooling in ("attention", "mean"):
+        net = Largest(pooling)
+        params = init(net, *sets_of_numbers(KEY, 2)[:2])
+        loss = lambda params, key, net=net: error(net, params, key, 32)
+        params = training.fit(loss, params, steps=400, learning_rate=5e-3)
+        errors[pooling] = float(error(net, params, jax.random.key(5), 512))
+    assert errors["attention"] < 0.05 and errors["attention"] < 0.6 * errors["mean"], errors

@@ -1,0 +1,148 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from attnjax.core import masks
+from attnjax.slots import slot_attention as slots
+from tests import training
+
+KEY = jax.random.key(0)
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def arrays(M=4, S=9):
+    return draw(2, M, 2, 8, seed=1), draw(2, S, 2, 8, seed=2), draw(2, S, 2, 5, seed=3)
+
+
+def build(num_slots=3, **options):
+    return slots.SlotAttention(num_slots, **(dict(head_dim=8, mlp_dim=16) | options))
+
+
+def run(module, params, *args, seed=0, **kwargs):
+    apply = lambda: module.apply(params, *args, rngs=dict(noise=jax.random.key(seed)), **kwargs)
+    return jax.jit(apply)()
+
+
+def init(module, *args):
+    return jax.jit(module.init)(dict(params=KEY, noise=KEY), *args)
+
+
+# ---- the update ----
+
+
+def test_one_slot_gets_the_mean_of_the_inputs():
+    _, k, v = arrays()
+    u = slots.slot_attention(100 * draw(2, 1, 2, 8), k, v)
+    chex.assert_trees_all_close(u, v.mean(1, keepdims=True), rtol=1e-5, atol=1e-6)
+
+
+def test_sharp_slots_make_a_step_of_k_means():
+    q, k, v = arrays(M=3, S=40)
+    u = slots.slot_attention(1e4 * q, k, v)
+    winner = np.einsum("BMNH,BSNH->BNMS", q, k).argmax(2)
+    for b, n, m in np.ndindex(2, 2, 3):
+        own = np.asarray(v)[b, winner[b, n] == m, n]
+        np.testing.assert_allclose(u[b, m, n], own.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_slot_that_wins_nothing_gets_the_mean_of_all_inputs():
+    k, v = jnp.ones((1, 5, 1, 8)), draw(1, 5, 1, 3)
+    q = jnp.stack([jnp.full((1, 1, 8), 1e3), jnp.full((1, 1, 8), -1e3)], axis=1)
+    chex.assert_trees_all_close(slots.slot_attention(q, k, v)[:, 1:], v.mean(1, keepdims=True))
+    assert not slots.slot_attention(q, k, v, epsilon=0.0)[:, 1:].any()
+
+
+def test_padding_changes_nothing():
+    q, k, v = arrays(S=9)
+    mask = masks.Valid(jnp.arange(9)[None] < 6)
+    padded = slots.slot_attention(q, k, v, mask=mask)
+    chex.assert_trees_all_close(padded, slots.slot_attention(q, k[:, :6], v[:, :6]), rtol=1e-6)
+    with pytest.raises(NotImplementedError, match="slot_attention can't honour Causal"):
+        slots.slot_attention(q, k, v, mask=masks.Causal())
+
+
+# ---- the module ----
+
+
+def test_gru_is_that_of_flax():
+    state, x = draw(2, 3, 6), draw(2, 3, 5, seed=1)
+    cell = nn.GRUCell(6, bias_init=nn.initializers.normal(1.0))
+    params = cell.init(KEY, state, x)
+    _, expected = cell.apply(params, state, x)
+    p = params["params"]
+    by = lambda x, names: [x @ p[n]["kernel"] + p[n].get("bias", jnp.zeros(6)) for n in names]
+    with jax.numpy_rank_promotion("allow"):
+        gates = [jnp.concatenate(by(*a), -1) for a in ((x, ("ir", "iz", "in")),
+                                                      (state, ("hr", "hz", "hn")))]  # fmt: skip
+    chex.assert_trees_all_close(slots.gru(state, *gates), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_drawn_slots_have_the_learned_mean_and_spread():
+    mean, sigma = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
+    drawn = slots.draw_slots(KEY, mean, jnp.log(sigma), 100, 100)
+    chex.assert_trees_all_close(drawn.mean((0, 1)), mean, atol=0.1)
+    chex.assert_trees_all_close(drawn.std((0, 1)), sigma, rtol=0.05)
+
+
+def test_drawn_slots_are_of_any_number_and_follow_the_noise():
+    x = draw(2, 7, 12)
+    params = init(build(3), x)
+    y = run(build(5), params, x)
+    assert y.shape == (2, 5, 12)
+    chex.assert_trees_all_equal(y, run(build(5), params, x))
+    assert abs(y - run(build(5), params, x, seed=1)).max() > 1e-2
+    assert abs(y[:, 0] - y[:, 1]).max() > 1e-2
+
+
+def test_learned_slots_need_no_noise_and_their_order_means_nothing():
+    x, module = draw(2, 7, 12), build(initial="learned")
+    params = jax.jit(module.init)(KEY, x)
+    y, order = module.apply(params, x), jnp.array([2, 0, 1])
+    params["params"]["slots"]["table"] = params["params"]["slots"]["table"][order]
+    chex.assert_trees_all_close(module.apply(params, x), y[:, order], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="must be 'drawn' or 'learned'"):
+        init(build(initial="fixed"), x)
+
+
+# ---- the claim: by competing again and again, slots find the parts of any number of parts ----
+
+
+def groups_of_points(key, count, size=8):
+    """16 scenes of `count` groups: features of points, the points, and who belongs to whom."""
+    keys = jax.random.split(key)
+    centres = jax.random.uniform(keys[0], (16, count, 4), minval=-1.5, maxval=1.5)
+    points = jnp.repeat(centres, size, 1)
+    points = points + 0.15 * jax.random.normal(keys[1], points.shape)
+    angles = points @ draw(4, 8, seed=9)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1), points
+
+
+def distances(params, key, count, **options):
+    """Squared distances of points to the centre that each slot proposes (B S M)."""
+    features, points = groups_of_points(key, count)
+    module = build(count, **(dict(head_dim=16, mlp_dim=32) | options))
+    found = module.apply(params["slots"], features, rngs=dict(noise=key)) @ params["centres"]
+    return ((points[:, :, None] - found[:, None]) ** 2).sum(-1)
+
+
+def score(params, count, **options):
+    found = jax.jit(lambda: distances(params, jax.random.key(5), count, **options).argmin(-1))()
+    truth = np.repeat(np.arange(count), 8)
+    return np.mean([metrics.adjusted_rand_score(truth, row) for row in np.asarray(found)])
+
+
+def test_trained_slots_find_groups_and_more_of_them_than_in_training():
+    module = build(head_dim=16, mlp_dim=32)
+    params = dict(slots=init(module, draw(1, 4, 16)), centres=0.3 * draw(16, 4))
+    loss = lambda params, key: -jax.nn.logsumexp(-5 * distances(params, key, 3), -1).mean()
+    params = training.fit(loss, params, steps=250, learning_rate=5e-3)
+    assert score(params, 3) > 0.6
+    assert score(params, 3) > score(params, 3, num_iterations=1) + 0.05
+    assert score(params, 5) > 0.5

@@ -1,0 +1,164 @@
+"""Neighborhoods against loops over coordinates, the limits of GNA, and what a stride saves."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core import edit, masks, registry
+from attnjax.ops import dot_product_attention as ops
+from attnjax.window.gna import Gna, gna
+from tests import cost
+
+KEY = jax.random.key(0)
+
+
+def grid(*shape, B=1, N=2, H=4):
+    return jax.random.normal(KEY, (3, B, *shape, N, H))
+
+
+def full_attention(q, k, v, mask=None):
+    flat = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v)]
+    return ops.dot_product_attention(*flat, mask=mask).reshape(v.shape)
+
+
+def seen(shape, **options):
+    """[queries, keys] which key has a weight."""
+    q, k, v = grid(*shape, N=1, H=1)
+    return np.asarray(jax.jit(lambda: edit.matrix(gna, q, k, v, **options))()[0, 0] > 0)
+
+
+def sees(q, key, L, window, stride, dilation, causal):
+    """Whether a query sees a key of one axis, in the words of the paper."""
+    if q % dilation != key % dilation:
+        return False
+    last = (L - 1 - q % dilation) // dilation
+    q, key = q // dilation, key // dilation
+    first = q // stride * stride
+    if causal:
+        leader = min(first + stride - 1, last)
+        return key <= q and leader - key < window
+    leader = min(first + stride // 2, last)
+    after = window // 2 + window % 2 - 1
+    centre = max(window // 2, min(leader, last - after))
+    return centre - window // 2 <= key <= centre + after
+
+
+OPTIONS = [
+    ((13,), (5,), (1,), (1,), (False,)),
+    ((13,), (4,), (3,), (1,), (False,)),
+    ((13,), (4,), (3,), (1,), (True,)),
+    ((13,), (3,), (2,), (3,), (False,)),
+    ((14,), (3,), (2,), (4,), (True,)),
+    ((5, 7), (3, 4), (1, 4), (1, 1), (False, True)),
+    ((6, 9), (2, 3), (2, 1), (3, 2), (True, False)),
+    ((3, 4, 6), (3, 2, 3), (1, 2, 3), (1, 2, 1), (True, False, False)),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sees_what_the_rule_says(options):
+    shape, window, stride, dilation, causal = options
+    cells = list(np.ndindex(*shape))
+    rule = lambda q, key: all(map(sees, q, key, *options))
+    expected = [[rule(q, key) for key in cells] for q in cells]
+    actual = seen(shape, window=window, stride=stride, dilation=dilation, causal=causal)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[5], OPTIONS[7]], ids=str)
+def test_agrees_with_its_oracle_on_sequences_and_volumes(options):
+    shape, *values = options
+    named = dict(zip(("window", "stride", "dilation", "causal"), values, strict=True))
+    qkv = tuple(grid(*shape, B=2))
+    value = lambda fn: lambda qkv: (jnp.sin(fn(*qkv, **named)).sum(), fn(*qkv, **named))
+    run = lambda fn: jax.jit(jax.grad(value(fn), has_aux=True))(qkv)
+    oracle = registry.get("gna").oracle
+    chex.assert_trees_all_close(run(gna), run(oracle), rtol=1e-4, atol=1e-5)
+
+
+def test_stride_one_is_the_nearest_keys():
+    distance = np.abs(np.arange(12)[:, None] - np.arange(12)[None, :])
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :5]
+    expected = np.zeros((12, 12), bool)
+    np.put_along_axis(expected, nearest, True, axis=1)
+    np.testing.assert_array_equal(seen((12,), window=5), expected)
+
+
+def test_stride_of_a_window_is_attention_within_blocks():
+    q, k, v = grid(6, 9)
+    expected = jnp.zeros_like(v)
+    for x, y in itertools.product(range(0, 6, 3), range(0, 9, 3)):
+        part = (slice(None), slice(x, x + 3), slice(y, y + 3))
+        expected = expected.at[part].set(full_attention(q[part], k[part], v[part]))
+    chex.assert_trees_all_close(gna(q, k, v, window=3, stride=3), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(11,), (4, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("window", [4, 11, 20])
+def test_a_window_of_the_whole_grid_is_full_attention(shape, window):
+    if window < max(shape):
+        pytest.skip("less than the grid")
+    q, k, v = grid(*shape)
+    actual = gna(q, k, v, window=window)
+    chex.assert_trees_all_close(actual, full_attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_a_larger_window_is_cut_on_each_axis_alone():
+    q, k, v = grid(3, 9)
+    chex.assert_trees_all_equal(gna(q, k, v, window=5), gna(q, k, v, window=(3, 5)))
+    chex.assert_trees_all_equal(gna(q, k, v, window=5, dilation=20), v)
+
+
+def test_a_causal_line_is_a_sliding_window():
+    q, k, v = grid(13)
+    expected = full_attention(q, k, v, masks.Window(left=3))
+    actual = gna(q, k, v, window=4, causal=True)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dilation_is_attention_within_each_remainder():
+    q, k, v = grid(7, 8)
+    actual = gna(q, k, v, window=3, dilation=(1, 2))
+    for r in range(2):
+        part = gna(q[:, :, r::2], k[:, :, r::2], v[:, :, r::2], window=3)
+        chex.assert_trees_all_close(actual[:, :, r::2], part, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stride_of_a_window_computes_nothing_in_vain():
+    """The least work: products of each query with its keys, and of their weights with values."""
+    q, k, v = grid(16, 16, N=1, H=64)
+    work = lambda **options: cost.operations(functools.partial(gna, window=4, **options), q, k, v)
+    least = 2 * 2 * 16**2 * 4**2 * 64
+    blocks, strides, sliding = work(stride=4), work(stride=2), work(stride=1)
+    assert least < blocks < 1.4 * least
+    assert 1.5 * blocks < strides < sliding
+
+
+def test_groups_of_heads_share_keys():
+    q, k, v = grid(6, 5, N=4)
+    shared = [x[..., :2, :] for x in (k, v)]
+    repeated = [jnp.repeat(x, 2, axis=-2) for x in shared]
+    actual, expected = gna(q, *shared, window=3), gna(q, *repeated, window=3)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 4, 2)], ids=str)
+def test_the_module_takes_sequences_and_volumes(shape):
+    x = jax.random.normal(KEY, (2, *shape, 8))
+    module = Gna(num_heads=2, head_dim=4, window=3)
+    assert module.init_with_output(KEY, x)[0].shape == x.shape
+
+
+def test_arguments_out_of_range():
+    q, k, v = grid(6, 6)
+    with pytest.raises(ValueError, match="stride=4 must be 1 to window=3"):
+        gna(q, k, v, window=3, stride=4)
+    with pytest.raises(ValueError, match="dilation=0 at least 1"):
+        gna(q, k, v, dilation=0)
+    with pytest.raises(ValueError, match=r"window=\(3,\) must have one value for each of 2 axes"):
+        gna(q, k, v, window=(3,))
