@@ -78,7 +78,8 @@ def plot(path: os.PathLike | str) -> pathlib.Path:
             if points:
                 axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
         axes.set(title=name.replace("_", " "), xlabel="step")
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     file = pathlib.Path(path) / "plots" / "curves.png"
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=120)

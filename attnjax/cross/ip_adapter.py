@@ -1,7 +1,7 @@
 r"""IP-Adapter: decoupled cross-attention, to text and to image tokens by a softmax each.
 
 Paper: Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion
-Models", arXiv:2308.06721, eqs. 3 to 5 and section 3.2.
+Models", arXiv:2308.06721, section 3.2, eqs. 5 and 8.
 
     y = softmax(Q K^T / sqrt(H)) V + strength * softmax(Q K'^T / sqrt(H)) V'
     Q = x W_q,   K, V = text W_k, text W_v,   K', V' = image W'_k, image W'_v
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from attnjax.core import layers, masks, registry
 from attnjax.core.registry import Claim
@@ -41,7 +41,7 @@ def ip_adapter(
     score_mod: Callable[..., jax.Array] | None = None,
     implementation: ops.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Eq. 5, where the last `num_image_tokens` keys and values are K' and V'.
+    """Eq. 8, where the last `num_image_tokens` keys and values are K' and V'.
 
     With strength 0 it is cross-attention to the text alone, to the last bit. `mask` and
     `score_mod` go by positions in all S; other options: `ops.dot_product_attention`. Raises
@@ -61,14 +61,14 @@ def ip_adapter(
     return attend(0, text) + jnp.asarray(strength, v.dtype) * attend(text, S)
 
 
-def copy_projections(params: Mapping) -> dict:
+def copy_projections(params: PyTree) -> PyTree:
     """`params` in which W'_k and W'_v are W_k and W_v, at every IP-Adapter in the tree."""
     if not isinstance(params, Mapping):
         return params
     return {name: copy_projections(params[_COPIED.get(name, name)]) for name in params}
 
 
-def trainable(params: Mapping) -> dict:
+def trainable(params: PyTree) -> PyTree:
     """A tree of bools shaped like `params`: what the paper trains is True, the rest is frozen."""
     is_new = lambda path: any(getattr(part, "key", None) in _NEW for part in path)
     return jax.tree.map_with_path(lambda path, _: is_new(path), params)
@@ -82,7 +82,7 @@ class ImageTokens(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, embedding: Float[Array, "B E"]) -> Float[Array, "B M D"]:
+    def __call__(self, embedding: Float[Array, "B F"]) -> Float[Array, "B M D"]:
         """A linear map, cut into `num_image_tokens` tokens that are normalised."""
         M, D = self.num_image_tokens, self.features
         tokens = layers.Dense(M * D, dtype=self.dtype, name="project")(embedding)
@@ -103,7 +103,7 @@ class IPAdapter(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B S E"],
+        context: Float[Array, "B S F"],
         *,
         mask: masks.Mask | None = None,
     ) -> Float[Array, "B T D"]:
@@ -113,7 +113,7 @@ class IPAdapter(nn.Module):
         both = lambda a, b: jnp.concatenate([heads(name=a)(text), heads(name=b)(image)], axis=1)
         q, k, v = heads(name="query")(x), both("key", "image_key"), both("value", "image_value")
         options = dict(num_image_tokens=self.num_image_tokens, strength=self.strength)
-        o = layers.Attend(self.fn)(q, k, v, mask=mask, **options)
+        o = layers.Attend(self.fn, name="attend")(q, k, v, mask=mask, **options)
         return layers.OutputProjection(self.dtype, name="out")(o, x.shape[-1])
 
 

@@ -1,6 +1,6 @@
 r"""Pointer network: the weights of additive attention are the output, a choice among the inputs.
 
-Paper: Vinyals et al., "Pointer Networks", arXiv:1506.03134, eq. 3.
+Paper: Vinyals et al., "Pointer Networks", arXiv:1506.03134, section 2.3.
 
     u_ts = w . tanh(W_1 e_s + W_2 d_t)          q = W_2 d (decoder),  k = W_1 e (encoder)
     p(choice t = s) = softmax_s(u_ts)
@@ -11,6 +11,7 @@ Unlike the paper: encoder and decoder are the caller's; `decode_permutation` tak
 at each step, without a beam.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def pointer_network(
     *,
     mask: masks.Mask | None = None,
 ) -> Float[Array, "B T S"]:
-    """The distribution over inputs of each step (eq. 3), in q's dtype; O(T S H) memory.
+    """The distribution over inputs of each step, in q's dtype; O(T S H) memory.
 
     `mask` says what may be chosen; where nothing may, all probabilities are zero. Raises
     ValueError for a mask that differs between heads: there is one.
@@ -73,7 +74,7 @@ def decode_permutation(
 
 
 class PointerNetwork(nn.Module):
-    """Eq. 3 for decoder states x (B T D) and encoder states context (B S D)."""
+    """Section 2.3 for decoder states x (B T D) and encoder states context (B S D)."""
 
     head_dim: int
     dtype: DTypeLike | None = None
@@ -83,15 +84,16 @@ class PointerNetwork(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B S E"],
+        context: Float[Array, "B S F"],
         *,
         mask: masks.Mask | None = None,
     ) -> Float[Array, "B T S"]:
         """For each x a distribution over the context; `mask` says what may be chosen."""
-        dense = lambda name: layers.Dense(self.head_dim, False, self.dtype, name=name)
+        dense = functools.partial(layers.Dense, self.head_dim, use_bias=False, dtype=self.dtype)
         init = nn.initializers.normal(self.head_dim**-0.5)
         w = layers.Table((self.head_dim,), init, name="scorer")()
-        return layers.Attend(self.fn)(dense("query")(x), dense("key")(context), w, mask=mask)
+        q, k = dense(name="query")(x), dense(name="key")(context)
+        return layers.Attend(self.fn, name="attend")(q, k, w, mask=mask)
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:

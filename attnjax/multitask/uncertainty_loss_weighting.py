@@ -8,8 +8,7 @@ and Semantics", arXiv:1705.07115, eqs. 7 (regression) and 10 (with classificatio
 
 For losses that stand still the best s_i is log(2 c_i L_i): a task weighs about 1 / L_i, whatever
 the units of its loss. s_i is learned with the network; the term s_i / 2 keeps it from running off.
-
-Unlike the paper: nothing; as there, s_i is learned instead of sigma_i, so nothing divides by 0.
+As the paper advises, s_i is learned and not sigma_i, so nothing is divided by.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ def blocked_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropo
 
     t (T) and s (S) are the positions of queries and keys.
     """
-    (_, T, N, _), (_, S, K, _) = q.shape, k.shape
+    N, (S, K) = q.shape[2], k.shape[1:3]
     plan = blocked_schedule.schedule(mask, t, s, K=K, G=N // K)
     rows = jnp.asarray(masks.tile_positions(t, plan.block_q), jnp.int32)
     columns = jnp.asarray(masks.tile_positions(s, plan.block_k), jnp.int32)

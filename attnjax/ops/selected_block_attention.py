@@ -2,11 +2,11 @@
 
 Pairs of a query and a block that it selected are sorted by block and laid into tiles, each of one
 block; tiles are attended to in turn, and the pieces of a query are merged by their lse. Whatever
-the selection, A blocks a query make no more than A T / X + S / C tiles of X = min(T, C) queries.
-So the work is that of (A + 1) blocks a query and memory is linear in T and S.
+is selected, the pairs need no more than A T / X + L tiles of X = min(T, C) queries, so the work is
+that of A + 1 blocks a query, and memory is linear in T and S. A single query reads A blocks.
 
-Source: Lu et al., "MoBA", arXiv:2502.13189, algorithm 1. Unlike there: shapes don't depend on the
-selection, and the block that a query lies in is one of those that it selects.
+Source: Lu et al., "MoBA", arXiv:2502.13189, section 2.3. Unlike there: shapes don't depend on the
+selection, and the block that a query lies in is treated as any other.
 
 Letters: A blocks selected by a query, C keys of a block, L blocks, M tiles, X queries of a tile.
 """
@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from attnjax.core import masks
 from attnjax.ops import dot_product_attention as ops
+
+_KINDS = masks.Causal, masks.Window, masks.Prefix, masks.Segments, masks.Valid
 
 
 def selected_block_attention(
@@ -43,17 +45,15 @@ def selected_block_attention(
 
     A query that sees nothing gives zeros. Returns v's dtype.
     """
-    _check(mask)
-    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
-    mask = masks.Prefix(S) if mask is None else mask & masks.Prefix(S)  # the last block is padded
-    leaves, tree = jax.tree.flatten(mask)  # each is (B or 1, length)
-    leaves = [jnp.broadcast_to(x, (B, *x.shape[1:])) for x in leaves]
-    q, selected = (x.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4) for x in (q, selected))
-    k, v = (cut(x, block).transpose(0, 3, 1, 2, 4) for x in (k, v))
-    attend = functools.partial(_attend, q_offset + jnp.arange(T), tree)
-    for axes in ((0, None, None, 0, None), (0, 0, 0, 0, None), 0):  # over G, K and B
-        attend = jax.vmap(attend, axes)
-    return attend(q, k, v, selected, leaves).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+    masks.select(mask, *_KINDS, by="selected_block_attention")
+    exists = masks.Prefix(k.shape[1])  # the last block is padded
+    mask = exists if mask is None else mask & exists
+    k, v = cut(k, block), cut(v, block)
+    lay = functools.partial(_lay, L=k.shape[1], X=min(q.shape[1], block))
+    tiles = jax.vmap(jax.vmap(lay, 1))(selected)
+    o, lse = _attend(q, k, v, tiles, mask, q_offset + jnp.arange(q.shape[1]))
+    share = jax.nn.softmax(jnp.maximum(lse, -1e30), -1)  # -inf, where nothing is seen, gives NaN
+    return jnp.einsum("BNTA,BNTAV->BTNV", share, o).astype(v.dtype)
 
 
 def cut(x: Shaped[Array, "B S *X"], block: int) -> Shaped[Array, "B L C *X"]:
@@ -63,48 +63,48 @@ def cut(x: Shaped[Array, "B S *X"], block: int) -> Shaped[Array, "B L C *X"]:
     return x.reshape(B, -1, block, *rest)
 
 
-def _check(mask):
-    kinds = masks.Causal, masks.Window, masks.Prefix, masks.Segments, masks.Valid
-    masks.select(mask, *kinds, by="selected_block_attention")
-
-
-def _attend(t, tree, q, k, v, selected, leaves):
-    """One head: t (T), q (T H), k (L C H), v (L C V), selected (T A) -> (T V)."""
-    L, C, V = v.shape
-    mask = tree.unflatten([x[None] for x in leaves])
-    tiles = _lay(selected, L, min(len(t), C))
-
-    @jax.checkpoint  # scores of a tile are computed again in the backward pass
-    def tile(x):
-        t, q, k, v, block = x
-        q, k, v = (x[None, :, None] for x in (q, k, v.astype(jnp.float32)))
-        at = t, block * C + jnp.arange(C)
-        o, lse = ops.dot_product_attention(q, k, v, mask=mask, positions=at, return_lse=True)
-        return o[0, :, 0], lse[0, :, 0]
-
-    x = t[tiles.query], q[tiles.query], k[tiles.block], v[tiles.block], tiles.block
-    o, lse = (x.reshape(-1, *x.shape[2:])[tiles.slot] for x in jax.lax.map(tile, x))
-    share = jax.nn.softmax(jnp.maximum(lse, -1e30), -1)  # -inf, where nothing is seen, gives NaN
-    return jnp.einsum("TA,TAV->TV", share, o).astype(v.dtype)
-
-
 class _Tiles(NamedTuple):
-    """Slots for pairs of a query and a block. Some slots stay empty and hold query 0."""
+    """Slots for pairs of a query and a block. Slots that no pair fills hold query 0."""
 
-    query: Int[Array, "M X"]
-    block: Int[Array, "M"]
-    slot: Int[Array, "T A"]  # of each pair, in M * X
+    query: Int[Array, "*B M X"]
+    block: Int[Array, "*B M"]
+    slot: Int[Array, "*B T A"]  # of each pair, in M * X
 
 
-def _lay(selected, L, X):
+def _lay(selected, *, L, X):
+    """The tiles of one head, of selected blocks (T A)."""
     T, A = selected.shape
-    blocks = selected.reshape(-1)
+    blocks, pairs = selected.reshape(-1), jnp.arange(T * A)
     M = min(T * A, (T * A + L * (X - 1)) // X)  # the most that any selection needs
     count = jnp.bincount(blocks, length=L)
     gaps = -count % X  # each block begins a new tile
     order = jnp.argsort(blocks)
     shift = (jnp.cumsum(gaps) - gaps)[blocks[order]]
-    slot = jnp.zeros_like(order).at[order].set(jnp.arange(T * A) + shift)
-    query = jnp.zeros_like(order, shape=M * X).at[slot].set(jnp.arange(T * A) // A)
-    of_tile = jnp.searchsorted(jnp.cumsum(count + gaps), X * jnp.arange(M), side="right")
-    return _Tiles(query.reshape(M, X), jnp.minimum(of_tile, L - 1), slot.reshape(T, A))
+    slot = jnp.zeros_like(pairs).at[order].set(pairs + shift)
+    query = jnp.zeros_like(pairs, shape=M * X).at[slot].set(pairs // A)
+    block = jnp.searchsorted(jnp.cumsum(count + gaps), X * jnp.arange(M), side="right")
+    return _Tiles(query.reshape(M, X), jnp.minimum(block, L - 1), slot.reshape(T, A))
+
+
+def _attend(q, k, v, tiles, mask, t):
+    """Each query's pieces (B N T A V) and their lse (B N T A), k and v being cut into blocks."""
+    (B, _, N, _), C = q.shape, k.shape[2]
+    b, n = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
+    keys = b, tiles.block, slice(None), n // (N // k.shape[3])
+    b, n = b[..., None], n[..., None]
+    leaves, tree = jax.tree.flatten(mask)  # each (B or 1, length)
+    leaves = [jnp.broadcast_to(x, (B, *x.shape[1:])) for x in leaves]
+
+    def head(t, q, k, v, block, leaves):
+        mask = tree.unflatten([x[None] for x in leaves])
+        q, k, v = (x[None, :, None] for x in (q, k, v.astype(jnp.float32)))
+        at = t, block * C + jnp.arange(C)
+        o, lse = ops.dot_product_attention(q, k, v, mask=mask, positions=at, return_lse=True)
+        return o[0, :, 0], lse[0, :, 0]
+
+    heads = jax.vmap(jax.vmap(head, (0, 0, 0, 0, 0, None)))
+    tile = jax.checkpoint(lambda x: heads(*x, leaves))  # scores are computed again, not kept
+    x = t[tiles.query], q[b, tiles.query, n], k[keys], v[keys], tiles.block
+    pieces = jax.lax.map(tile, [jnp.moveaxis(x, 2, 0) for x in x])
+    pieces = (jnp.moveaxis(x, 0, 2).reshape(B, N, -1, *x.shape[4:]) for x in pieces)
+    return [x[b, n, tiles.slot] for x in pieces]

@@ -1,7 +1,7 @@
 r"""Set Transformer: attention blocks over a set, and its pooling by learned queries.
 
 Paper: Lee et al., "Set Transformer: A Framework for Attention-based Permutation-Invariant Neural
-Networks", arXiv:1810.00825, eqs. 1 and 6 to 14.
+Networks", arXiv:1810.00825, sections 2.1 (heads) and 3 (blocks).
 
     head_n(X, Y)   = softmax(Q_n K_n^T / sqrt(N H)) V_n         Q = X W_q,  K = Y W_k,  V = Y W_v
     MAB(X, Y)      = norm(A + rFF(A)),      A = norm(X + sum_n head_n(X, Y) W_o,n)
@@ -28,6 +28,9 @@ from jaxtyping import Array, Float
 from attnjax.core import layers, masks, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import dot_product_attention as ops
+
+Set = Float[Array, "B S D"]
+Outputs = Float[Array, "B M D"]
 
 
 def set_transformer(
@@ -72,12 +75,8 @@ class MAB(_Block):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        y: Float[Array, "B S E"],
-        *,
-        mask: masks.Mask | None = None,
-    ) -> Float[Array, "B T D"]:
+        self, x: Outputs, y: Float[Array, "B S F"], *, mask: masks.Mask | None = None
+    ) -> Outputs:
         """`mask` says which elements of y are valid."""
         D = x.shape[-1]
         heads = functools.partial(layers.HeadProjection, self.num_heads, self.head_dim, self.dtype)
@@ -93,9 +92,7 @@ class SAB(_Block):
     """Set attention block: (B S D) to itself, at a cost quadratic in S."""
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B S D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B S D"]:
+    def __call__(self, x: Set, *, mask: masks.Mask | None = None) -> Set:
         """The output of an element that is not valid means nothing."""
         return self._make(MAB, "mab")(x, x, mask=mask)
 
@@ -106,9 +103,7 @@ class ISAB(_Block):
     num_inducing: int = 16
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B S D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B S D"]:
+    def __call__(self, x: Set, *, mask: masks.Mask | None = None) -> Set:
         """The output of an element that is not valid means nothing."""
         inducing = self._learned(self.num_inducing, x, "inducing")
         summary = self._make(MAB, "gather")(inducing, x, mask=mask)
@@ -121,9 +116,7 @@ class PMA(_Block):
     num_seeds: int = 1
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B S D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B M D"]:
+    def __call__(self, x: Set, *, mask: masks.Mask | None = None) -> Outputs:
         """`mask` says which elements are valid."""
         seeds = self._learned(self.num_seeds, x, "seeds")
         x = nn.relu(layers.Dense(x.shape[-1], dtype=self.dtype, name="feedforward")(x))
@@ -143,9 +136,7 @@ class SetTransformer(_Block):
     decoder_blocks: int = 0
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B S D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B M D"]:
+    def __call__(self, x: Set, *, mask: masks.Mask | None = None) -> Outputs:
         """`mask` says which elements are valid; ValueError for a decoder of a single seed."""
         if self.decoder_blocks and self.num_seeds == 1:
             raise ValueError(f"decoder_blocks={self.decoder_blocks} must be 0 with num_seeds=1")

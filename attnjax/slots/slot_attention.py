@@ -99,9 +99,10 @@ class SlotAttention(nn.Module):
         heads = functools.partial(layers.HeadProjection, self.num_heads, self.head_dim, self.dtype)
         inputs, slots = norm(name="input_norm")(x), self._initial(B, D)
         k, v, query = heads(name="key")(inputs), heads(name="value")(inputs), heads(name="query")
-        attend, query_norm, mlp_norm = layers.Attend(self.fn), norm(), norm()
-        by_input, by_state = dense(3 * D), dense(3 * D)
+        query_norm, mlp_norm = norm(name="query_norm"), norm(name="mlp_norm")
+        by_input, by_state = dense(3 * D, name="by_input"), dense(3 * D, name="by_state")
         up, down = dense(self.mlp_dim, name="up"), dense(D, name="down")
+        attend = layers.Attend(self.fn, name="attend")
         for _ in range(self.num_iterations):
             updates = attend(query(query_norm(slots)), k, v, mask=mask)
             updates = updates.reshape(*updates.shape[:2], -1)

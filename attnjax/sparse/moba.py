@@ -87,7 +87,7 @@ def _select(q, means, filled, at, topk, chunk):
     def of_query(x):
         q, at = x
         q = q.reshape(B, K, N // K, H).astype(jnp.float32)
-        past = filled[:, None, None] & (jnp.arange(L) < at)[None, None, None]
+        past = filled[:, None, None] & (jnp.arange(L) < at - 1)[None, None, None]
         score = jnp.where(past, jnp.einsum("BKGH,BLKH->BKGL", q, means), -jnp.inf)
         return jax.lax.top_k(score.at[..., at].set(jnp.inf), min(topk, L))[1].reshape(B, N, -1)
 
@@ -178,7 +178,7 @@ SPEC = registry.Mechanism(
     papers=("moba",),
     example=_example,
     oracle=_oracle,
-    variants=({}, dict(block=16, topk=2), dict(block=5, topk=4, mask=masks.Causal())),
+    variants=(dict(block=16, topk=2), dict(block=5, topk=4, mask=masks.Causal())),
     claims=frozenset(
         {
             Claim.CAUSAL,

@@ -53,12 +53,11 @@ def decay_attention(
     Everything else has a gradient. Raises ValueError for arguments that don't fit.
     """
     _check(q, k, v, log_decay, segments, initial_state, chunk, implementation)
-    log_decay = log_decay.astype(jnp.float32)
-    if initial_state is None:
-        B, _, N, H = k.shape
-        initial_state = jnp.zeros_like(k, jnp.float32, (B, N, H, v.shape[-1]))
-    decay = jnp.exp(jax.lax.stop_gradient(log_decay))[None, :, None, None]
-    state = decay * initial_state.astype(jnp.float32)
+    B, _, N, H = k.shape
+    log_decay = jax.lax.stop_gradient(log_decay.astype(jnp.float32))
+    state = jnp.zeros_like(k, jnp.float32, (B, N, H, v.shape[-1]))  # varies on a mesh as k does
+    if initial_state is not None:
+        state = state + jnp.exp(log_decay)[None, :, None, None] * initial_state
     return _op(q, k, v, state, segments, log_decay, chunk, implementation)
 
 

@@ -40,7 +40,7 @@ def test_channel_gate_knows_no_positions_and_position_gate_no_channels():
 
 
 def test_has_the_parameters_of_the_paper():
-    params = Cbam().init(KEY, image(1, 8, 8, 64))
+    params = jax.eval_shape(Cbam().init, KEY, image(1, 8, 8, 64))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 2 * 64**2 // 16 + 2 * 49
 
 
@@ -56,20 +56,24 @@ def task(key):
 def accuracy_after_training(features, params):
     """Of a linear reading of mean features, by gradient descent on the logistic loss."""
     (x, label), (x_test, label_test) = task(KEY), task(jax.random.key(1))
-    logits = lambda p, x: 36 * features(p["mixer"], x).mean((1, 2)) @ p["head"]
+    logits = lambda p, x: 10 * features(p["mixer"], x).mean((1, 2)) @ p["head"]
     loss = lambda p: jax.nn.softplus(-label * logits(p, x)).mean()
-    step = lambda p, _: (jax.tree.map(lambda a, g: a - 0.1 * g, p, jax.grad(loss)(p)), None)
-    params = dict(mixer=params, head=jnp.zeros(4))
-    params = jax.jit(lambda p: jax.lax.scan(step, p, length=300)[0])(params)
-    return float((logits(params, x_test) * label_test > 0).mean())
+    step = lambda p, _: (jax.tree.map(lambda a, g: a - g, p, jax.grad(loss)(p)), None)
+    params, _ = jax.lax.scan(step, dict(mixer=params, head=jnp.zeros(4)), length=300)
+    return (logits(params, x_test) * label_test > 0).mean()
 
 
 def test_finds_the_position_that_matters():
     module = Cbam(reduction=1, size=3)
-    params = module.init(KEY, image(1, 6, 6, 4))
-    with_gates = accuracy_after_training(module.apply, params)
-    without = accuracy_after_training(lambda _, x: x, {})
-    assert with_gates > 0.85 and without < 0.75
+
+    @jax.jit
+    def accuracies():
+        params = module.init(KEY, image(1, 6, 6, 4))
+        without = accuracy_after_training(lambda _, x: x, {})
+        return accuracy_after_training(module.apply, params), without
+
+    with_gates, without = accuracies()  # about 0.9 and 0.64
+    assert with_gates > 0.8 and without < 0.7
 
 
 def test_arguments_that_do_not_fit():

@@ -26,8 +26,8 @@ def test_optimum_is_the_log_of_the_loss():
 
 def test_units_of_one_task_do_not_change_the_other():
     """A target in units 100 times smaller: a loss 10^4 times larger, weighed 10^-4 as much."""
-    learned = lambda scale: ulw.weights(jnp.log(jnp.array([0.5 * scale, 0.3])))
-    before, after = learned(1.0), learned(100.0**2)
+    at_best = lambda scale: ulw.weights(jnp.log(jnp.array([0.5 * scale, 0.3])))
+    before, after = at_best(1.0), at_best(100.0**2)
     chex.assert_trees_all_close(after / before, jnp.array([1e-4, 1.0]), rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from attnjax.core import masks
-from attnjax.ops import blocked_schedule, blocked_exp2, dropout
+from attnjax.ops import blocked_exp2, blocked_schedule, dropout
 from attnjax.ops import dot_product_attention as ops
 
 blocked = functools.partial(ops.dot_product_attention, implementation="blocked")

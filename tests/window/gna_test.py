@@ -1,6 +1,7 @@
 """Neighborhoods against loops over coordinates, the limits of GNA, and what a stride saves."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -19,6 +20,12 @@ KEY = jax.random.key(0)
 
 def grid(*shape, B=1, N=2, H=4):
     return jax.random.normal(KEY, (3, B, *shape, N, H))
+
+
+def assert_same(actual, expected, *arrays):
+    """Two functions of the same arrays."""
+    run = jax.jit(lambda *arrays: (actual(*arrays), expected(*arrays)))
+    chex.assert_trees_all_close(*run(*arrays), rtol=1e-5, atol=1e-6)
 
 
 def full_attention(q, k, v, mask=None):
@@ -90,43 +97,47 @@ def test_stride_one_is_the_nearest_keys():
 
 
 def test_stride_of_a_window_is_attention_within_blocks():
-    q, k, v = grid(6, 9)
-    expected = jnp.zeros_like(v)
-    for x, y in itertools.product(range(0, 6, 3), range(0, 9, 3)):
-        part = (slice(None), slice(x, x + 3), slice(y, y + 3))
-        expected = expected.at[part].set(full_attention(q[part], k[part], v[part]))
-    chex.assert_trees_all_close(gna(q, k, v, window=3, stride=3), expected, rtol=1e-5, atol=1e-6)
+    def blocks(q, k, v):
+        o = jnp.zeros_like(v)
+        for x, y in itertools.product(range(0, 6, 3), range(0, 9, 3)):
+            part = (slice(None), slice(x, x + 3), slice(y, y + 3))
+            o = o.at[part].set(full_attention(q[part], k[part], v[part]))
+        return o
+
+    assert_same(functools.partial(gna, window=3, stride=3), blocks, *grid(6, 9))
 
 
-@pytest.mark.parametrize("shape", [(11,), (4, 4), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("window", [4, 11, 20])
+@pytest.mark.parametrize(
+    "shape, window", [((11,), 11), ((11,), 20), ((4, 4), 4), ((2, 3, 4), (2, 3, 4))], ids=str
+)
 def test_a_window_of_the_whole_grid_is_full_attention(shape, window):
-    if window < max(shape):
-        pytest.skip("less than the grid")
-    q, k, v = grid(*shape)
-    actual = gna(q, k, v, window=window)
-    chex.assert_trees_all_close(actual, full_attention(q, k, v), rtol=1e-5, atol=1e-6)
+    assert_same(functools.partial(gna, window=window), full_attention, *grid(*shape))
 
 
 def test_a_larger_window_is_cut_on_each_axis_alone():
-    q, k, v = grid(3, 9)
-    chex.assert_trees_all_equal(gna(q, k, v, window=5), gna(q, k, v, window=(3, 5)))
-    chex.assert_trees_all_equal(gna(q, k, v, window=5, dilation=20), v)
+    cut = functools.partial(gna, window=(3, 5))
+    assert_same(functools.partial(gna, window=5), cut, *grid(3, 9))
+    alone = functools.partial(gna, window=5, dilation=20)
+    assert_same(alone, lambda q, k, v: v, *grid(3, 9))
+
+
+def test_a_larger_window_is_cut_to_the_shortest_line():
+    cut = masks.Neighborhood((7,), (3,), stride=(3,), dilation=(2,))  # lines of 4 and of 3
+    actual = seen((7,), window=4, stride=4, dilation=2)
+    np.testing.assert_array_equal(actual, masks.dense(cut, 7, 7)[0, 0])
 
 
 def test_a_causal_line_is_a_sliding_window():
-    q, k, v = grid(13)
-    expected = full_attention(q, k, v, masks.Window(left=3))
-    actual = gna(q, k, v, window=4, causal=True)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    window = functools.partial(full_attention, mask=masks.Window(left=3))
+    assert_same(functools.partial(gna, window=4, causal=True), window, *grid(13))
 
 
 def test_dilation_is_attention_within_each_remainder():
-    q, k, v = grid(7, 8)
-    actual = gna(q, k, v, window=3, dilation=(1, 2))
-    for r in range(2):
-        part = gna(q[:, :, r::2], k[:, :, r::2], v[:, :, r::2], window=3)
-        chex.assert_trees_all_close(actual[:, :, r::2], part, rtol=1e-5, atol=1e-6)
+    def split(*qkv):
+        lines = [gna(*(x[:, :, r::2] for x in qkv), window=3) for r in range(2)]
+        return jnp.stack(lines, 3).reshape(qkv[2].shape)
+
+    assert_same(functools.partial(gna, window=3, dilation=(1, 2)), split, *grid(7, 8))
 
 
 def test_a_stride_of_a_window_computes_nothing_in_vain():
@@ -140,18 +151,16 @@ def test_a_stride_of_a_window_computes_nothing_in_vain():
 
 
 def test_groups_of_heads_share_keys():
+    attend = functools.partial(gna, window=3)
+    repeated = lambda q, k, v: attend(q, *(jnp.repeat(x, 2, axis=-2) for x in (k, v)))
     q, k, v = grid(6, 5, N=4)
-    shared = [x[..., :2, :] for x in (k, v)]
-    repeated = [jnp.repeat(x, 2, axis=-2) for x in shared]
-    actual, expected = gna(q, *shared, window=3), gna(q, *repeated, window=3)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert_same(attend, repeated, q, k[..., :2, :], v[..., :2, :])
 
 
-@pytest.mark.parametrize("shape", [(9,), (3, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 8), (2, 3, 4, 2, 8)], ids=str)
 def test_the_module_takes_sequences_and_volumes(shape):
-    x = jax.random.normal(KEY, (2, *shape, 8))
     module = Gna(num_heads=2, head_dim=4, window=3)
-    assert module.init_with_output(KEY, x)[0].shape == x.shape
+    assert jax.eval_shape(module.init_with_output, KEY, jnp.ones(shape))[0].shape == shape
 
 
 def test_arguments_out_of_range():
@@ -162,3 +171,5 @@ def test_arguments_out_of_range():
         gna(q, k, v, dilation=0)
     with pytest.raises(ValueError, match=r"window=\(3,\) must have one value for each of 2 axes"):
         gna(q, k, v, window=(3,))
+    with pytest.raises(ValueError, match="must be of the same grid"):
+        inspect.unwrap(gna)(q, *grid(5, 6)[1:])  # users run without the annotations' checks

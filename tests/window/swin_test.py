@@ -1,6 +1,7 @@
 """Shifted windows against slices of the grid, their limits, and what two blocks reach."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -34,41 +35,46 @@ def no_bias(M, N=2):
 @pytest.mark.parametrize("shape", [(6, 6), (7, 5), (4, 8), (1, 4)])
 @pytest.mark.parametrize("shift", [0, 1, 2])
 def test_each_window_attends_to_itself_alone(shape, shift):
-    q, k, v = grid(*shape)
-    borders = lambda size: range(shift if size > 3 else 0, size, 3)
-    slices = [itertools.pairwise(sorted({0, *borders(size), size})) for size in shape]
-    expected = jnp.zeros_like(v)
-    for (a, b), (c, d) in itertools.product(*map(list, slices)):
-        part = (slice(None), slice(a, b), slice(c, d))
-        expected = expected.at[part].set(attention(q[part], k[part], v[part]))
-    actual = jax.jit(functools.partial(swin, window=3, shift=shift))(q, k, v, no_bias(3))
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    borders = lambda size: sorted({0, *range(shift if size > 3 else 0, size, 3), size})
+    slices = [list(itertools.pairwise(borders(size))) for size in shape]
+
+    @jax.jit
+    def run(q, k, v):
+        expected = jnp.zeros_like(v)
+        for (a, b), (c, d) in itertools.product(*slices):
+            part = (slice(None), slice(a, b), slice(c, d))
+            expected = expected.at[part].set(attention(q[part], k[part], v[part]))
+        return swin(q, k, v, no_bias(3), window=3, shift=shift), expected
+
+    chex.assert_trees_all_close(*run(*grid(*shape)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
 def test_a_grid_within_one_window_is_full_attention(shift):
-    q, k, v = grid(4, 3)
-    actual = swin(q, k, v, no_bias(5), window=5, shift=shift)
-    chex.assert_trees_all_close(actual, attention(q, k, v), rtol=1e-5, atol=1e-6)
+    run = lambda q, k, v: (
+        swin(q, k, v, no_bias(5), window=5, shift=shift),
+        attention(q, k, v),
+    )
+    chex.assert_trees_all_close(*jax.jit(run)(*grid(4, 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_bias_is_by_cell_of_the_window_in_row_order():
     q, k, v = grid(6, 6)
     cells = np.arange(9).reshape(3, 3)
     bias = jnp.where(cells.reshape(-1, 1) == cells.T.reshape(1, -1), 1e3, 0.0)
-    actual = swin(q, k, v, jnp.broadcast_to(bias, (1, 2, 9, 9)), window=3)
+    bias = jnp.broadcast_to(bias, (1, 2, 9, 9))
+    actual = jax.jit(functools.partial(swin, window=3))(q, k, v, bias)
     transposed = v.reshape(2, 2, 3, 2, 3, 2, 4).swapaxes(2, 4).reshape(v.shape)
     chex.assert_trees_all_close(actual, transposed, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_two_blocks_cross_borders_only_with_a_shift(shift):
-    q, k, v = grid(6, 6)
-    first = edit.matrix(functools.partial(swin, window=3), q, k, v, no_bias(3))
-    second = edit.matrix(functools.partial(swin, window=3, shift=shift), q, k, v, no_bias(3))
+    weights = lambda shift: edit.matrix(swin, *grid(6, 6), no_bias(3), window=3, shift=shift)
+    reach = jax.jit(lambda: weights(shift) @ weights(0))()
     x, y = np.indices((6, 6)).reshape(2, -1) // 3
     window = 2 * x + y
-    crosses = (second @ first)[:, :, window[:, None] != window[None, :]]
+    crosses = reach[:, :, window[:, None] != window[None, :]]
     assert bool(crosses.any()) == (shift > 0)
 
 
@@ -80,10 +86,10 @@ def test_a_shift_needs_no_more_windows():
 
 def test_one_module_serves_every_size_of_grid():
     module = Swin(num_heads=2, head_dim=4, window=3, shift=1)
-    params = module.init(KEY, jnp.ones((1, 6, 6, 8)))
+    params = jax.eval_shape(module.init, KEY, jnp.ones((1, 6, 6, 8)))
     assert params["params"]["bias"]["relative"]["table"].shape == (2, 25)
-    for shape in ((2, 2), (7, 4)):
-        assert module.apply(params, jnp.ones((1, *shape, 8))).shape == (1, *shape, 8)
+    for shape in ((1, 2, 2, 8), (1, 7, 4, 8)):
+        assert jax.eval_shape(module.apply, params, jnp.ones(shape)).shape == shape
 
 
 def test_arguments_that_do_not_fit():
@@ -92,3 +98,6 @@ def test_arguments_that_do_not_fit():
         swin(q, k, v, no_bias(3), window=3, shift=3)
     with pytest.raises(ValueError, match=r"must end in \(49, 49\) for window=7"):
         swin(q, k, v, no_bias(3))
+    with pytest.raises(ValueError, match="must be of the same grid"):
+        # users run without the annotations' checks
+        inspect.unwrap(swin)(q, *grid(5, 6)[1:], no_bias(3), window=3)

@@ -1,0 +1,79 @@
+r"""Causal linear attention with a fixed decay per head, under masks.
+
+    o_t = sum_{s <= t, visible} exp(log_decay (t - s)) (q_t . k_s) v_s
+
+Source: Qin et al., "Lightning Attention-2", section 3. The maths is in
+`pallas_kernels.decay_attention`; here masks become what it understands: a key that is not valid
+becomes zero, a document that begins resets the state. Time passes at padding as elsewhere: the
+decay goes by position, as the equation says.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnjax.core import masks
+from pallas_kernels import decay_attention as kernels
+
+
+def decay_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N V"],
+    log_decay: Float[Array, "N"],
+    *,
+    mask: masks.Mask | None = None,
+    initial_state: Float[Array, "B N H V"] | None = None,
+    implementation: kernels.Implementation | None = None,
+    by: str = "decay_attention",
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
+    """(o in v's dtype, final state in float32); log_decay is a constant without a gradient.
+
+    Args:
+      mask: any of Causal (which holds anyway), Valid, and Segments of which each is one run of
+        tokens. The initial state belongs to the first segment, the final state to the last.
+      by: who asks, for error messages.
+
+    The other options are those of `pallas_kernels.decay_attention`. Raises NotImplementedError
+    for any other mask.
+    """
+    _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
+    return kernels.decay_attention(
+        q,
+        only_valid(k, valid),
+        v,
+        log_decay,
+        segments=_documents(segments, by),
+        initial_state=initial_state,
+        implementation=implementation,
+    )
+
+
+def carry(
+    log_decay: Float[Array, "N"], T: int, *, mask: masks.Mask | None = None
+) -> Float[Array, "#B N 1 1"]:
+    """What an initial state is multiplied by over T tokens: 0 where another segment begins.
+
+    Raises NotImplementedError for masks that `decay_attention` can't honour.
+    """
+    _, _, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
+    factor = jnp.exp(log_decay * T)[None, :, None, None]
+    for part in segments:
+        factor = jnp.where((part.q == part.q[:, :1]).all(1)[:, None, None, None], factor, 0.0)
+    return factor
+
+
+def only_valid(
+    k: Float[Array, "B S N H"], valid: tuple[masks.Valid, ...]
+) -> Float[Array, "B S N H"]:
+    """Keys, or features of keys, that are zero where any of the masks says padding."""
+    for part in valid:
+        k = jnp.where(part.keys[:, :, None, None], k, 0)
+    return k
+
+
+def _documents(segments, by):
+    """A number for each run of tokens that no mask divides; None without masks."""
+    if any(part.kv is not None for part in segments):
+        raise NotImplementedError(f"{by} can't honour Segments with ids of their own for keys")
+    changes = [jnp.diff(part.q, axis=1, prepend=part.q[:, :1]) != 0 for part in segments]
+    return sum(jnp.cumsum(change, 1) for change in changes) if changes else None

@@ -1,0 +1,67 @@
+r"""A recurrence over devices: each begins from the state that the tokens before its own have left.
+
+    S_i' = f_i S_i + s_i        s_i: the final state from zero, f_i: `record.carry`, of device i
+
+One all-gather of the small s_i and f_i, a scan over them in every device, and a second call from
+the state that was found. Source: Sun et al., "Linear Attention Sequence Parallelism",
+arXiv:2404.02882, with one gather in the place of a chain of messages.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnjax.core import masks
+from attnjax.parallel import split
+
+_KINDS = (masks.Causal, masks.Valid, masks.Segments)
+
+
+def _check(record, call):
+    parameters = set(inspect.signature(record.fn).parameters)
+    if record.carry is None or not {"initial_state", "return_state"} <= parameters:
+        name = record.fn.__name__
+        raise NotImplementedError(f"pass_state needs initial_state, return_state, carry of {name}")
+    if not masks.select(call.mask, *_KINDS, by="pass_state")[0]:
+        raise NotImplementedError("pass_state goes forward in time: it needs mask=Causal()")
+
+
+def _run(record, call, *, axis, lengths):
+    here, T = lax.axis_index(axis), lengths["T"]
+    piece = -(-T // lax.axis_size(axis))
+    at = jnp.minimum(here * piece + jnp.arange(piece), T - 1)
+    arrays = {name: x for name, x in call.arrays.items() if name != "initial_state"}
+    options = {name: x for name, x in call.options.items() if not name.endswith("_state")}
+    args = arrays | dict(mask=jax.tree.map(lambda x: x[:, at], call.mask))
+    fn = functools.partial(record.fn, **args, **options)
+    _, state = fn(return_state=True)
+    enters = _enters(call.mask, at[0]).reshape(-1, *(1,) * (state.ndim - 1))
+    initial = call.arrays.get("initial_state", jnp.zeros_like(state))
+    states = _chain(initial, state, record.carry(**args) * enters, axis)
+    o = fn(initial_state=states[here] * enters)
+    if not call.options["return_state"]:
+        return o
+    # the same in each device, which only a sum makes known
+    return o, lax.psum(jnp.where(here == 0, states[-1], 0), axis)
+
+
+def _enters(mask, first):
+    """Whether the state before position `first` matters to it: no new segment begins there."""
+    before = jnp.maximum(first - 1, 0)
+    _, _, segments = masks.select(mask, *_KINDS, by="pass_state")
+    same = [(part.q[:, before] == part.q[:, first]).astype(jnp.float32) for part in segments]
+    return functools.reduce(jnp.multiply, same, jnp.ones(1))
+
+
+def _chain(initial, state, factor, axis):
+    """The states before and after each device's tokens, in order: (P + 1 ...)."""
+    gather = lambda first, x: jnp.concatenate([first[None], lax.all_gather(x, axis)])
+    steps = gather(jnp.ones_like(factor), factor), gather(initial.astype(state.dtype), state)
+    join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+    return lax.associative_scan(join, steps)[1]
+
+
+STRATEGY = split.Strategy(check=_check, run=_run)

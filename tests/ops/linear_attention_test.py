@@ -1,0 +1,102 @@
+"""Against the equation with a dense matrix, for each mask; and a normaliser of zero."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax.core import masks
+from attnjax.ops import linear_attention as ops
+from tests import cost
+
+T = 21
+KEYS = jax.random.split(jax.random.key(0), 3)
+Q, K = jax.nn.softplus(jax.random.normal(KEYS[0], (2, 2, T, 3, 4)))
+V = jax.random.normal(KEYS[1], (2, T, 3, 5))
+PADDED = masks.Valid(jnp.ones((2, T), bool).at[0, :4].set(False).at[1, 9:13].set(False))
+PACKED = masks.Segments(jnp.broadcast_to(jnp.arange(T)[None] // 8, (2, T)))
+
+
+def oracle(q, k, v, mask):
+    w = jnp.einsum("BTNF,BSNF->BNTS", q, k)
+    w = jnp.where(masks.dense(mask, q.shape[1], k.shape[1]), w, 0)
+    total = w.sum(-1, keepdims=True)
+    return jnp.einsum("BNTS,BSNV->BTNV", w / jnp.where(total > 0, total, 1), v)
+
+
+def with_gradients(fn):
+    o, vjp = jax.vjp(fn, Q, K, V)
+    return o, vjp(jax.random.normal(KEYS[2], o.shape))
+
+
+CASES = {
+    "all": None,
+    "causal": masks.Causal(),
+    "padded": PADDED,
+    "causal, padded": masks.Causal() & PADDED,
+    "causal, packed": PACKED & masks.Causal(),
+}
+
+
+@pytest.mark.parametrize("mask", CASES.values(), ids=CASES)
+def test_equals_the_equation_under_the_dense_mask(mask):
+    fast = lambda q, k, v: ops.linear_attention(q, k, v, mask=mask)[0]
+    slow = functools.partial(oracle, mask=mask)
+    actual, expected = jax.jit(lambda: (with_gradients(fast), with_gradients(slow)))()
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_takes_other_keys_than_queries():
+    o, _ = ops.linear_attention(Q[:, :5], K, V)
+    chex.assert_trees_all_close(o, oracle(Q[:, :5], K, V, None), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["all", "causal"])
+def test_state_stands_for_the_keys_before(mask):
+    before, after = slice(0, 9), slice(9, T)
+    whole, last = ops.linear_attention(Q, K, V, mask=mask)
+    _, state = ops.linear_attention(Q[:, before], K[:, before], V[:, before], mask=mask)
+    rest = Q[:, after], K[:, after], V[:, after]
+    o, end = ops.linear_attention(*rest, mask=mask, initial_state=state)
+    chex.assert_trees_all_close((o, end), (whole[:, after], last), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-15])
+def test_normaliser_of_nothing_gives_zeros(scale):
+    q, k = Q * scale, K * scale
+    fn = lambda q, k, v: ops.linear_attention(q, k, v, mask=masks.Causal())[0]
+    o, vjp = jax.vjp(fn, q, k, V)
+    for leaf in (o, *vjp(jnp.ones_like(o))):
+        assert not leaf.any()
+
+
+def test_small_normaliser_is_no_zero():
+    fn = lambda q, k, v: ops.linear_attention(q, k, v)[0]
+    o, vjp = jax.vjp(fn, Q * 1e-8, K * 1e-8, V)
+    chex.assert_trees_all_close(o, oracle(Q, K, V, None), rtol=1e-5)
+    for grad in vjp(jnp.ones_like(o)):
+        assert jnp.isfinite(grad).all() and grad.any()
+
+
+def test_causal_form_is_linear_in_time_and_memory():
+    def run(q, k, v):
+        loss = lambda *qkv: sum(x.sum() for x in ops.linear_attention(*qkv, mask=masks.Causal()))
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    shapes = lambda T: [jax.ShapeDtypeStruct((2, T, 3, 4), jnp.float32)] * 3
+    for measure in (cost.largest_array, cost.operations):
+        assert measure(run, *shapes(4096)) <= 2.1 * measure(run, *shapes(2048))
+
+
+def test_keeps_bfloat16():
+    o, state = ops.linear_attention(*(x.astype(jnp.bfloat16) for x in (Q, K, V)))
+    assert o.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+
+
+def test_refuses_what_it_cannot_honour():
+    with pytest.raises(NotImplementedError, match="me can honour Segments only together with"):
+        ops.linear_attention(Q, K, V, mask=PACKED, by="me")
+    with pytest.raises(NotImplementedError, match="me can't honour Window"):
+        ops.linear_attention(Q, K, V, mask=masks.Window(2), by="me")

@@ -1,0 +1,55 @@
+"""A function over several devices against the same function on one."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from attnjax import parallel
+from attnjax.core import sharding
+
+KEY = jax.random.key(0)
+
+
+def mesh(**axes):
+    """Of as many devices as the axes need."""
+    count = functools.reduce(lambda a, b: a * b, axes.values())
+    return sharding.make_mesh(devices=jax.devices()[:count], **axes)
+
+
+MESHES = {
+    "context=4": dict(context=4),
+    "data=2 context=2": dict(data=2, context=2),
+    "context=2 tensor=2": dict(context=2, tensor=2),
+}
+
+
+def normal(*shapes, dtype="float32"):
+    keys = jax.random.split(KEY, len(shapes))
+    return [jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)]
+
+
+def with_gradients(fn, **options):
+    """Outputs and the gradients of all arguments, in one compilation."""
+
+    @jax.jit
+    def run(*arrays):
+        out, vjp = jax.vjp(lambda *arrays: fn(*arrays, **options), *arrays)
+        draw = lambda x: jax.random.normal(KEY, x.shape, x.dtype)
+        return out, vjp(jax.tree.map(draw, out))
+
+    return run
+
+
+def assert_same(strategy, record, arrays, *, axes, **options):
+    """In outputs and gradients, to the rounding of float32."""
+    sharded = parallel.shard(strategy, record, mesh(**axes))
+    actual = with_gradients(sharded, **options)(*arrays)
+    expected = with_gradients(record.fn, **options)(*arrays)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert all(x.any() for x in jax.tree.leaves(expected[0])), "nothing is seen"
+
+
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))

@@ -1,0 +1,121 @@
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax import parallel
+from attnjax.core import masks, registry
+from tests.parallel import helpers
+
+LIGHTNING = registry.get("lightning_attention_2")
+HEDGEHOG = registry.get("hedgehog")
+LOG_DECAY = -jnp.array([0.05, 0.2, 0.5, 2.0])
+CAUSAL = masks.Causal()
+# a document that begins where a device does, one within, one over three devices
+SEGMENTS = masks.Segments(jnp.array([[0] * 4 + [1] * 3 + [2] * 9, [0] * 16]))
+VALID = masks.Valid(jnp.arange(16)[None] < jnp.array([[16], [9]]))
+
+
+def lightning(q, k, v, **options):
+    return LIGHTNING.fn(q, k, v, LOG_DECAY, **options)
+
+
+def sharded(axes, **options):
+    fn = parallel.shard("pass_state", LIGHTNING, helpers.mesh(**axes))
+    return lambda q, k, v, **more: fn(q, k, v, LOG_DECAY, **options, **more)
+
+
+def qkv(T=16, dtype="float32"):
+    return helpers.normal((2, T, 4, 8), (2, T, 4, 8), (2, T, 4, 6), dtype=dtype)
+
+
+def assert_same(arrays, axes, **options):
+    expected = helpers.with_gradients(lightning, **options)(*arrays)
+    actual = helpers.with_gradients(sharded(axes), **options)(*arrays)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", helpers.MESHES.values(), ids=helpers.MESHES)
+def test_equals_one_device_on_any_mesh(axes):
+    assert_same(qkv(), axes, mask=CAUSAL & SEGMENTS & VALID)
+
+
+@pytest.mark.parametrize("T", [13, 1])
+def test_lengths_that_do_not_divide(T):
+    assert_same(qkv(T), dict(context=4), mask=CAUSAL)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL & SEGMENTS], ids=["one document", "documents"])
+def test_state_goes_in_and_comes_out(mask):
+    initial = jax.random.normal(jax.random.key(1), (2, 4, 8, 6))
+    given = lambda fn: (
+        lambda q, k, v, state: fn(q, k, v, mask=mask, initial_state=state, return_state=True)
+    )
+    run = lambda fn: helpers.with_gradients(given(fn))(*qkv(), initial)
+    (o, state), grads = run(lightning)
+    assert o.any() and state.any()
+    actual = run(sharded(dict(context=4)))
+    chex.assert_trees_all_close(actual, ((o, state), grads), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", helpers.MESHES.values(), ids=helpers.MESHES)
+def test_a_learned_array_of_the_heads_has_its_gradient(axes):
+    args = list(HEDGEHOG.example(helpers.KEY, 16).values())
+    helpers.assert_same("pass_state", HEDGEHOG, args, axes=axes, mask=CAUSAL)
+
+
+def test_bfloat16():
+    rounded = qkv(dtype="bfloat16")
+    exact = [x.astype(jnp.float32) for x in rounded]
+    run = lambda fn, arrays: jax.tree.leaves(helpers.with_gradients(fn, mask=CAUSAL)(*arrays))
+    for actual, naive, x in zip(
+        run(sharded(dict(context=4)), rounded), run(lightning, rounded), run(lightning, exact),
+        strict=True,
+    ):  # fmt: skip
+        assert actual.dtype == jnp.bfloat16
+        assert helpers.rms(actual - x) <= 2 * helpers.rms(naive - x) + 2**-9 * helpers.rms(x)
+
+
+def compiled(size, T=2**16):
+    mesh = helpers.mesh(context=size)
+    fn = parallel.shard("pass_state", LIGHTNING, mesh)
+    loss = lambda q, k, v: (fn(q, k, v, LOG_DECAY, mask=CAUSAL) ** 2).sum()
+    split = jax.NamedSharding(mesh, jax.P(None, "context"))
+    array = jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32, sharding=split)
+    run = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=split)
+    return run.lower(array, array, array).compile()
+
+
+def test_memory_falls_with_devices_and_only_states_are_gathered():
+    used = {size: compiled(size) for size in (2, 4)}
+    sizes = {n: program.memory_analysis().temp_size_in_bytes for n, program in used.items()}
+    assert sizes[4] < 0.6 * sizes[2]
+    gathers = [line for line in used[4].as_text().splitlines() if " all-gather(" in line]
+    assert gathers and not any(str(2**14) in line for line in gathers)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (None, "pass_state goes forward in time: it needs mask=Causal"),
+        (CAUSAL & masks.Window(3), "pass_state can't honour Window; it can Causal & Valid"),
+    ],
+)
+def test_refuses(mask, message):
+    with pytest.raises(NotImplementedError, match=message):
+        sharded(dict(context=4))(*qkv(), mask=mask)
+
+
+def test_refuses_the_state_of_a_length_that_does_not_divide():
+    with pytest.raises(NotImplementedError, match="return_state needs T=13 to be a multiple of 4"):
+        sharded(dict(context=4))(*qkv(13), mask=CAUSAL, return_state=True)
+
+
+def test_refuses_a_record_without_a_carry():
+    record = dataclasses.replace(LIGHTNING, carry=None)
+    fn = functools.partial(parallel.shard("pass_state", record, helpers.mesh(context=4)))
+    with pytest.raises(NotImplementedError, match="pass_state needs initial_state"):
+        fn(*qkv(), LOG_DECAY, mask=CAUSAL)

@@ -1,0 +1,150 @@
+"""What is particular to plug-and-play: whose map, whose values, and for how many steps."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax.core import edit
+from attnjax.softmax import multi_head_attention as mha
+from attnjax.steering import plug_and_play_diffusion as pnp
+
+B, T, D, STEPS = 1, 16, 8, 6
+KEY = jax.random.key(0)
+SIGNAL = jnp.linspace(0.2, 0.98, STEPS + 1)
+PATHS = dict(attention="attention_*/attend", feature="block")
+
+
+class Denoiser(nn.Module):
+    """A residual block and two attention layers, told what to draw by a vector."""
+
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, step, prompt):
+        x = self.gain * x / 2 + prompt[None, None] + 0.1 * step
+        x = x + nn.Dense(D, name="block")(jnp.tanh(x))
+        for i in range(2):
+            x = x + mha.MultiHeadAttention(2, 8, name=f"attention_{i}")(self.gain * x)
+        return nn.tanh(nn.Dense(D, name="out")(x))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return make_setting()
+
+
+def make_setting(gain=1.0):
+    """The model under two prompts, and the noise of an image."""
+    model, keys = Denoiser(gain), jax.random.split(KEY, 4)
+    params = model.init(KEY, jnp.zeros((B, T, D)), 0, jnp.zeros(D))
+    prompts = jax.random.normal(keys[0], (2, D))
+    guide, target = (lambda x, step, p=p: model.apply(params, x, step, p) for p in prompts)
+    return guide, target, jax.random.normal(keys[1], (B, T, D))
+
+
+def draw(denoise, x):
+    for i in range(STEPS):
+        x = pnp.ddim_step(x, denoise(x, i), SIGNAL[i], SIGNAL[i + 1])
+    return x
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4))
+def translate(guide, target, noise, attention_until, feature_until):
+    until = dict(attention_until=attention_until, feature_until=feature_until)
+    return pnp.translate(guide, target, noise, SIGNAL, **PATHS, **until)
+
+
+def test_without_injection_both_are_plain_samples(setting):
+    guide, target, noise = setting
+    expected = jax.jit(lambda: (draw(guide, noise), draw(target, noise)))()
+    chex.assert_trees_all_close(translate(*setting, 0, 0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_injecting_a_run_into_itself_changes_no_bit(setting):
+    guide, _, noise = setting
+    y, found = edit.read(guide, what="qk")(noise, 0)
+    _, block = pnp.features(guide, where="block")(noise, 0)
+    steered = pnp.inject_features(pnp.inject(guide, found), block)
+    chex.assert_trees_all_equal(steered(noise, 0), y)
+
+
+def test_map_is_the_guidances_and_values_are_the_targets(setting):
+    guide, target, noise = setting
+    _, queries_keys = edit.read(guide, what="qk")(noise, 0)
+    _, maps = edit.read(guide)(noise, 0)
+    y, seen = edit.read(pnp.inject(target, queries_keys))(noise, 0)
+    chex.assert_trees_all_close(seen, maps, rtol=1e-6)
+    plain = target(noise, 0)
+    assert jnp.abs(y - plain).max() > 1e-2 and jnp.abs(y - guide(noise, 0)).max() > 1e-2
+    unsteered = pnp.inject(target, queries_keys, when=False)(noise, 0)
+    chex.assert_trees_all_equal(unsteered, plain)
+
+
+def test_features_of_the_guidance_take_the_place_of_the_targets(setting):
+    guide, target, noise = setting
+    _, found = pnp.features(guide, where="block")(noise, 0)
+    steered = pnp.inject_features(target, found)
+    _, seen = pnp.features(steered, where="block")(noise, 0)
+    chex.assert_trees_all_equal(seen, found)
+    assert jnp.abs(steered(noise, 0) - target(noise, 0)).max() > 1e-2
+
+
+def test_both_halves_of_a_guided_batch_are_injected(setting):
+    """Two prompts in one batch of the target, as classifier-free guidance has them."""
+    guide, target, noise = setting
+    _, found = edit.read(guide, what="qk")(noise, 0)
+    both = pnp.inject(target, found)(jnp.concatenate([noise, 2 * noise]), 0)
+    one = [pnp.inject(target, found)(x, 0) for x in (noise, 2 * noise)]
+    chex.assert_trees_all_close(both, jnp.concatenate(one), rtol=1e-5, atol=1e-6)
+
+
+def test_layout_is_kept_the_more_the_longer_it_is_injected(setting):
+    """Layout: which tokens are alike, by the correlation of their similarities."""
+
+    def layout(x):
+        x = x[0] - x[0].mean(0, keepdims=True)
+        x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return (x @ x.T)[jnp.triu_indices(T, 1)]
+
+    alike = []
+    for until in (0, 2, 4, 6):
+        guidance, target = translate(*setting, until, until)
+        alike.append(float(jnp.corrcoef(layout(guidance), layout(target))[0, 1]))
+    print(alike)
+    assert alike == sorted(alike) and alike[-1] > alike[0] + 0.1
+
+
+def test_inversion_finds_the_noise_of_an_image(setting):
+    """The more exactly the finer its steps are: each takes the noise of the step before."""
+    guide, _, noise = setting
+    smooth = lambda x, step: guide(x / 4, 0)
+
+    def error(steps):
+        signal = jnp.linspace(0.3, 0.98, steps + 1)
+        none = dict(attention_until=0, feature_until=0)
+        image, _ = pnp.translate(smooth, smooth, noise, signal, **PATHS, **none)
+        return jnp.abs(pnp.invert(smooth, image, signal) - noise).max()
+
+    coarse, fine = jax.jit(lambda: (error(8), error(64)))()
+    assert fine < 0.05 and fine < coarse / 4
+
+
+def test_a_step_undoes_itself():
+    x, noise = jax.random.normal(KEY, (2, 5))
+    there = pnp.ddim_step(x, noise, SIGNAL[1], SIGNAL[4])
+    chex.assert_trees_all_close(pnp.ddim_step(there, noise, SIGNAL[4], SIGNAL[1]), x, rtol=1e-5)
+
+
+def test_what_does_not_fit_raises(setting):
+    guide, target, noise = setting
+    _, found = edit.read(guide, what="qk")(noise, 0)
+    with pytest.raises(ValueError, match="guidance of shape .* doesn't fit"):
+        pnp.inject(target, found)(noise[:, :5], 0)
+    with pytest.raises(ValueError, match="no module matches where='block_7'"):
+        pnp.features(guide, where="block_7")(noise, 0)
+    with pytest.raises(ValueError, match="no attention matches"):
+        pnp.inject(target, {"decoder/attend": next(iter(found.values()))})(noise, 0)
