@@ -78,11 +78,11 @@ class Table(nn.Module):
     """A learned array that is looked up or used whole; parameter `table`, kept in every device."""
 
     shape: tuple[int, ...]
-    init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+    initializer: Callable[..., jax.Array] = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self) -> Float[Array, "..."]:
-        return self.param("table", self.init, self.shape)
+        return self.param("table", self.initializer, self.shape)
 
 
 class Attend(nn.Module):

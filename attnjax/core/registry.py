@@ -164,7 +164,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(func=tree, args=[], keywords=[])
-        if call.args:
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
         options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         return ast.unparse(call.func), options

@@ -1,7 +1,7 @@
 r"""Hedgehog: linear attention whose learned features imitate softmax.
 
 Paper: Zhang et al., "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
-Mimicry", arXiv:2402.04347, eqs. 2, 4 and 6.
+Mimicry", arXiv:2402.04347, section 4.
 
     phi(x) = [exp(W x), exp(-W x)] / (their sum)                     W (F H), one for each head
     o_t    = sum_s w_ts v_s,     w_ts = phi(q_t) . phi(k_s) / sum_s' phi(q_t) . phi(k_s')

@@ -1,7 +1,7 @@
-r"""Lightning Attention-2: linear attention with a fixed decay per head, in tiles that carry a state.
+r"""Lightning Attention-2: linear attention with a fixed decay per head, tile by tile.
 
 Paper: Qin et al., "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in
-Large Language Models", arXiv:2401.04658, eqs. 3 to 11.
+Large Language Models", arXiv:2401.04658, section 3.
 
     o_t  = sum_{s <= t} lambda^(t - s) (q_t . k_s) v_s                  parallel form
     S_t  = lambda S_{t-1} + k_t v_t^T,          o_t = S_t^T q_t         recurrent form

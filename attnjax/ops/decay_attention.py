@@ -8,6 +8,7 @@ becomes zero, a document that begins resets the state. Time passes at padding as
 decay goes by position, as the equation says.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -53,10 +54,10 @@ def carry(
 ) -> Float[Array, "#B N 1 1"]:
     """What an initial state is multiplied by over T tokens: 0 where another segment begins.
 
-    Raises NotImplementedError for masks that `decay_attention` can't honour.
+    A constant, as log_decay is. Raises NotImplementedError for masks that `decay_attention` can't honour.
     """
     _, _, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
-    factor = jnp.exp(log_decay * T)[None, :, None, None]
+    factor = jnp.exp(jax.lax.stop_gradient(log_decay) * T)[None, :, None, None]
     for part in segments:
         factor = jnp.where((part.q == part.q[:, :1]).all(1)[:, None, None, None], factor, 0.0)
     return factor

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnjax.core import masks
+from attnjax.ops import blocked_arguments
 from attnjax.parallel import split
 
 _KINDS = (masks.Causal, masks.Valid, masks.Segments)
@@ -40,12 +41,12 @@ def _run(record, call, *, axis, lengths):
     _, state = fn(return_state=True)
     enters = _enters(call.mask, at[0]).reshape(-1, *(1,) * (state.ndim - 1))
     initial = call.arrays.get("initial_state", jnp.zeros_like(state))
-    states = _chain(initial, state, record.carry(**args) * enters, axis)
-    o = fn(initial_state=states[here] * enters)
+    before, final = _chain(initial, state, record.carry(**args) * enters, axis)
+    o = fn(initial_state=before[here] * enters)
     if not call.options["return_state"]:
         return o
     # the same in each device, which only a sum makes known
-    return o, lax.psum(jnp.where(here == 0, states[-1], 0), axis)
+    return o, lax.psum(jnp.where(here == 0, final, 0), axis)
 
 
 def _enters(mask, first):
@@ -57,11 +58,11 @@ def _enters(mask, first):
 
 
 def _chain(initial, state, factor, axis):
-    """The states before and after each device's tokens, in order: (P + 1 ...)."""
-    gather = lambda first, x: jnp.concatenate([first[None], lax.all_gather(x, axis)])
-    steps = gather(jnp.ones_like(factor), factor), gather(initial.astype(state.dtype), state)
-    join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
-    return lax.associative_scan(join, steps)[1]
+    """The state before each device's tokens (P ...), and the last."""
+    initial = blocked_arguments.varying(initial.astype(state.dtype), like=(initial, state))
+    step = lambda before, x: (x[0] * before + x[1], before)
+    final, before = lax.scan(step, initial, lax.all_gather((factor, state), axis))
+    return before, final
 
 
 STRATEGY = split.Strategy(check=_check, run=_run)

@@ -38,8 +38,7 @@ Form = Literal["expanded", "absorbed"]
 def multi_head_latent_attention(
     q: Float[Array, "B T N H"],
     q_rope: Float[Array, "B T N P"],
-    latent: Float[Array, "B S R"],
-    k_rope: Float[Array, "B S P"],
+    latent: Float[Array, "B S L"],
     up: Float[Array, "R N F"],
     *,
     mask: masks.Mask | None = None,
@@ -47,28 +46,29 @@ def multi_head_latent_attention(
     q_offset: int | Int[Array, ""] = 0,
     implementation: ops.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Eqs. 16 to 18 from rotated queries and keys; `up` is U and W side by side, F = H + V.
+    """Eqs. 16 to 18 for L = R + P and F = H + V.
 
-    Raises ValueError for another form. Other options: `ops.dot_product_attention`.
+    Args:
+      latent: c and r side by side, r rotated as q_rope is.
+      up: U and W side by side.
+      form: of computing the same; other options as those of `ops.dot_product_attention`.
+
+    Raises ValueError for another form.
     """
     if form not in get_args(Form):
         raise ValueError(f"{form=} must be one of {get_args(Form)}")
-    up_key, up_value = jnp.split(up.astype(latent.dtype), [q.shape[-1]], -1)
+    (R, *_), H = up.shape, q.shape[-1]
+    up_key, up_value = jnp.split(up.astype(latent.dtype), [H], -1)
     if form == "absorbed":
         q = jnp.einsum("BTNH,RNH->BTNR", q, up_key)
-        k, v = latent[:, :, None], latent[:, :, None]
+        k, v = latent[:, :, None], latent[:, :, None, :R]
     else:
-        k, v = (jnp.einsum("BSR,RNF->BSNF", latent, w) for w in (up_key, up_value))
-    shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
-    o = ops.dot_product_attention(
-        jnp.concatenate([q, q_rope], -1),
-        jnp.concatenate([k, shared], -1),
-        v,
-        mask=mask,
-        scale=(up_key.shape[-1] + k_rope.shape[-1]) ** -0.5,
-        q_offset=q_offset,
-        implementation=implementation,
-    )
+        k, v = (jnp.einsum("BSR,RNF->BSNF", latent[..., :R], w) for w in (up_key, up_value))
+        shared = jnp.broadcast_to(latent[:, :, None, R:], (*k.shape[:3], latent.shape[-1] - R))
+        k = jnp.concatenate([k, shared], -1)
+    q = jnp.concatenate([q, q_rope], -1)
+    options = dict(mask=mask, q_offset=q_offset, implementation=implementation)
+    o = ops.dot_product_attention(q, k, v, scale=(H + q_rope.shape[-1]) ** -0.5, **options)
     return jnp.einsum("BTNR,RNV->BTNV", o, up_value) if form == "absorbed" else o
 
 
@@ -118,13 +118,13 @@ class MultiHeadLatentAttention(nn.Module):
 
     def setup(self):
         N, H = self.num_heads, self.head_dim
-        R, P = self._cached()
+        R, P = self._sizes()
         if self.query_rank is not None:
-            self.query_down = layers.Dense(self.query_rank, use_bias=False, dtype=self.dtype)
+            self.compress_query = layers.Dense(self.query_rank, use_bias=False, dtype=self.dtype)
             self.query_norm = nn.RMSNorm(dtype=self.dtype)
         self.query = layers.HeadProjection(N, H, self.dtype)
         self.query_rope = layers.HeadProjection(N, P, self.dtype)
-        self.down = layers.Dense(R, use_bias=False, dtype=self.dtype)
+        self.compress = layers.Dense(R, use_bias=False, dtype=self.dtype)
         self.norm = nn.RMSNorm(dtype=self.dtype)
         self.key_rope = layers.HeadProjection(1, P, self.dtype)
         self.heads = _Kernel((R, N, 2 * H))
@@ -135,50 +135,48 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
     ) -> Float[Array, "B T D"]:
         """Attention of x to itself, in the expanded form; `mask` says what each token sees."""
-        q, q_rope, latent, k_rope = self._project(x, jnp.arange(x.shape[1]))
-        o = self.attend(q, q_rope, latent, k_rope[:, :, 0], self.heads(), mask=mask)
-        return self.out(o, x.shape[-1])
+        q, q_rope, latent = self._project(x, jnp.arange(x.shape[1]))
+        return self.out(self.attend(q, q_rope, latent, self.heads(), mask=mask), x.shape[-1])
 
     def init_state(self, batch: int, length: int) -> decode.KVCache:
-        """An empty cache of `length` tokens: latents in place of keys, rotated keys of values."""
-        return decode.KVCache.empty(batch, length, 1, *self._cached(), self.dtype or jnp.float32)
+        """An empty cache of `length` tokens: latents as keys, whose front is the values."""
+        sizes = sum(self._sizes()), 0
+        return decode.KVCache.empty(batch, length, 1, *sizes, self.dtype or jnp.float32)
 
     def extend(
         self, state: decode.KVCache, x: Float[Array, "B T D"]
     ) -> tuple[decode.KVCache, Float[Array, "B T D"]]:
         """The next T tokens, in the absorbed form; each sees those before it and itself."""
-        q, q_rope, latent, k_rope = self._project(x, state.length + jnp.arange(x.shape[1]))
-        cache = state.append(latent[:, :, None], k_rope)
-        arrays = q, q_rope, cache.k[:, :, 0], cache.v[:, :, 0], self.heads()
+        q, q_rope, latent = self._project(x, state.length + jnp.arange(x.shape[1]))
+        cache = state.append(latent[:, :, None], latent[:, :, None, :0])
         causal = dict(mask=masks.Causal(), q_offset=state.length)
-        return cache, self.out(self.attend(*arrays, form="absorbed", **causal), x.shape[-1])
+        o = self.attend(q, q_rope, cache.k[:, :, 0], self.heads(), form="absorbed", **causal)
+        return cache, self.out(o, x.shape[-1])
 
-    def _cached(self):
-        """R and P, the sizes of what is cached of a token."""
+    def _sizes(self):
+        """R and P."""
         return self.rank or 4 * self.head_dim, self.rope_dim or self.head_dim // 2
 
     def _project(self, x, at):
         rotate = lambda x: positions.rotary(x, at, base=self.rotary_base)
-        latent, k_rope = self.norm(self.down(x)), rotate(self.key_rope(x))
+        latent = jnp.concatenate([self.norm(self.compress(x)), rotate(self.key_rope(x))[:, :, 0]], -1)
         if self.query_rank is not None:
-            x = self.query_norm(self.query_down(x))
-        return self.query(x), rotate(self.query_rope(x)), latent, k_rope
+            x = self.query_norm(self.compress_query(x))
+        return self.query(x), rotate(self.query_rope(x)), latent
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
     draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)
-    q, q_rope, latent = draw(0, 2, T, 4, 8), draw(1, 2, T, 4, 4), draw(2, 2, T, 16)
-    return dict(
-        q=q, q_rope=q_rope, latent=latent, k_rope=draw(3, 2, T, 4), up=draw(4, 16, 4, 14) / 4
-    )
+    q, q_rope, latent = draw(0, 2, T, 4, 8), draw(1, 2, T, 4, 4), draw(2, 2, T, 16 + 4)
+    return dict(q=q, q_rope=q_rope, latent=latent, up=draw(3, 16, 4, 8 + 6) / 4)
 
 
-def _oracle(q, q_rope, latent, k_rope, up, *, mask=None, form=None):
+def _oracle(q, q_rope, latent, up, *, mask=None, form=None):
     del form  # both are the same
-    heads = []
+    c, r, heads = latent[..., : len(up)], latent[..., len(up) :], []
     for n in range(q.shape[2]):
-        k, v = latent @ up[:, n, : q.shape[-1]], latent @ up[:, n, q.shape[-1] :]
-        x = q[:, :, n] @ k.mT + q_rope[:, :, n] @ k_rope.mT
+        k, v = c @ up[:, n, : q.shape[-1]], c @ up[:, n, q.shape[-1] :]
+        x = q[:, :, n] @ k.mT + q_rope[:, :, n] @ r.mT
         x = x / jnp.sqrt(q.shape[-1] + q_rope.shape[-1])
         x = jnp.where(masks.dense(mask, *x.shape[1:])[:, 0], x, -1e30)
         heads.append(jax.nn.softmax(x) @ v)

@@ -87,7 +87,7 @@ def _select(q, means, filled, at, topk, chunk):
     def of_query(x):
         q, at = x
         q = q.reshape(B, K, N // K, H).astype(jnp.float32)
-        past = filled[:, None, None] & (jnp.arange(L) < at - 1)[None, None, None]
+        past = filled[:, None, None] & (jnp.arange(L) < at)[None, None, None]
         score = jnp.where(past, jnp.einsum("BKGH,BLKH->BKGL", q, means), -jnp.inf)
         return jax.lax.top_k(score.at[..., at].set(jnp.inf), min(topk, L))[1].reshape(B, N, -1)
 

@@ -41,7 +41,7 @@ def plug_and_play_diffusion(
     guide_k: Float[Array, "B S N H"],
     *,
     step: int | Int[Array, ""] = 0,
-    until: int = 1,
+    until: int | Int[Array, ""] = 1,
 ) -> Float[Array, "B T N V"]:
     """Attention of the target, by the guidance's map in the steps before `until`."""
     q, k = (_choose(step < until, *pair) for pair in ((guide_q, q), (guide_k, k)))
@@ -117,9 +117,9 @@ def translate(
     signal: Float[Array, "shares"],
     *,
     attention: str,
-    attention_until: int,
+    attention_until: int | Int[Array, ""],
     feature: str,
-    feature_until: int,
+    feature_until: int | Int[Array, ""],
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """(guidance, target) drawn from the same noise, with the injections of algorithm 1.
 

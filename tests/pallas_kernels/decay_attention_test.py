@@ -1,6 +1,7 @@
 """Each implementation against the recurrence, token by token: outputs, final state, gradients."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -23,7 +24,7 @@ def inputs(T, H=8, V=5, dtype=jnp.float32):
 
 
 def packed(T):
-    """Segments that begin within chunks and at their borders, some of one token, two chunks long."""
+    """Segments that begin within chunks of 16 and at their borders, one of a single token."""
     first = jnp.isin(jnp.arange(T), jnp.array([3, 4, 16, 21]))
     second = jnp.isin(jnp.arange(T), jnp.array([30]))
     return jnp.cumsum(jnp.stack([first, second]), 1)
@@ -52,8 +53,7 @@ def with_gradients(fn, args):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
-@pytest.mark.parametrize("segmented", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("T", [1, 16, 37])
+@pytest.mark.parametrize(("T", "segmented"), [(1, True), (48, False), (37, False), (37, True)])
 def test_equals_the_recurrence(T, segmented, implementation):
     args, segments = inputs(T), packed(T) if segmented else None
     fn = functools.partial(
@@ -82,9 +82,8 @@ def test_size_of_a_chunk_changes_nothing():
     chex.assert_trees_all_close(huge, large, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("log_decay", [0.0, -1.0, -1e4])
-def test_no_decay_overflows_over_a_long_chunk(log_decay):
-    args = inputs(300) | dict(log_decay=jnp.full(3, log_decay))
+def test_no_decay_overflows_over_a_long_chunk():
+    args = inputs(300) | dict(log_decay=jnp.array([0, -1, -1e4]))
     fn = functools.partial(kernels.decay_attention, chunk=304)
     for leaf in jax.tree.leaves(jax.jit(lambda: with_gradients(fn, args))()):
         assert jnp.isfinite(leaf).all()
@@ -145,6 +144,6 @@ def test_heads_over_devices_equal_one_device():
     ],
 )
 def test_wrong_arguments_raise(wrong, message):
-    unchecked = kernels.decay_attention.__wrapped__  # without the annotations that a test checks
+    unchecked = inspect.unwrap(kernels.decay_attention)  # by the annotations, as outside of tests
     with pytest.raises(ValueError, match=message):
         unchecked(**inputs(9) | wrong)

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -113,26 +115,27 @@ def test_refuses_another_beginning(monkeypatch):
 # ---- the claim: by competing again and again, slots find the parts of any number of parts ----
 
 
-def groups_of_points(key, count, size=8):
-    """16 scenes of `count` groups: features of points, the points, and who belongs to whom."""
+def groups_of_points(key, count, scenes):
+    """Scenes of points in `count` groups of 8: what is seen of the points, and the points."""
     keys = jax.random.split(key)
-    centres = jax.random.uniform(keys[0], (16, count, 4), minval=-1.5, maxval=1.5)
-    points = jnp.repeat(centres, size, 1)
+    centres = jax.random.uniform(keys[0], (scenes, count, 4), minval=-1.5, maxval=1.5)
+    points = jnp.repeat(centres, 8, 1)
     points = points + 0.15 * jax.random.normal(keys[1], points.shape)
     angles = points @ draw(4, 8, seed=9)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1), points
 
 
-def distances(params, key, count, **options):
+def distances(params, key, count, *, scenes=16, **options):
     """Squared distances of points to the centre that each slot proposes (B S M)."""
-    features, points = groups_of_points(key, count)
+    features, points = groups_of_points(key, count, scenes)
     module = build(count, **(dict(head_dim=16, mlp_dim=32) | options))
     found = module.apply(params["slots"], features, rngs=dict(noise=key)) @ params["centres"]
     return ((points[:, :, None] - found[:, None]) ** 2).sum(-1)
 
 
 def score(params, count, **options):
-    found = jax.jit(lambda: distances(params, jax.random.key(5), count, **options).argmin(-1))()
+    test = functools.partial(distances, params, jax.random.key(5), count, scenes=64, **options)
+    found = jax.jit(lambda: test().argmin(-1))()
     truth = np.repeat(np.arange(count), 8)
     return np.mean([metrics.adjusted_rand_score(truth, row) for row in np.asarray(found)])
 

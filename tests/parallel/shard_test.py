@@ -1,0 +1,66 @@
+import functools
+import importlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax import models, parallel
+from attnjax.core import masks, registry, sharding
+from attnjax.parallel import split
+from tests.parallel import helpers
+
+MIXERS = ["gqa(num_kv_heads=2, rotary_base=100.0)", "lightning_attention_2"]
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan and remat"])
+def test_language_model_over_a_mesh(scan):
+    options = dict(vocab_size=11, features=16, depth=2, num_heads=4, mixers=MIXERS, scan=scan)
+    model = models.create("lm", **options, remat="full" if scan else "none")
+    tokens = jax.random.randint(helpers.KEY, (2, 12), 0, 11)
+    params = jax.jit(model.init)(helpers.KEY, tokens)
+    mesh = helpers.mesh(data=2, context=2)
+
+    def loss(model, params, tokens):
+        mask = masks.Segments(jnp.cumsum(tokens == 0, 1))
+        return jnp.mean(jnp.sin(model.apply(params, tokens, mask=mask)))
+
+    run = lambda model: jax.jit(jax.value_and_grad(functools.partial(loss, model)))
+    shard = functools.partial(parallel.shard, None, mesh=mesh)
+    placed = jax.device_put(tokens, jax.NamedSharding(mesh, sharding.BATCH))
+    actual = run(model.clone(parallel=shard))(params, placed)
+    chex.assert_trees_all_close(actual, run(model)(params, tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_every_strategy_that_a_record_names_exists():
+    for record in registry.of_kind(registry.Mechanism).values():
+        for strategy in record.context:
+            module = importlib.import_module(f"attnjax.parallel.{strategy}")
+            assert isinstance(module.STRATEGY, split.Strategy)
+
+
+def test_none_is_the_first_strategy():
+    mesh, record = helpers.mesh(context=4), registry.get("gqa")
+    arrays = record.example(helpers.KEY, 8)
+    text = jax.jit(parallel.shard(None, record, mesh)).lower(**arrays).as_text()
+    assert "collective_permute" in text
+
+
+def test_keeps_the_name_and_signature():
+    fn = registry.get("gqa").fn
+    assert parallel.shard(None, registry.get("gqa"), helpers.mesh(context=4)).__name__ == "gqa"
+    assert parallel.shard(None, registry.get("gqa"), helpers.mesh(context=4)).__wrapped__ is fn
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "axis", "message"),
+    [
+        (None, "swin", "context", "swin has no strategy of context parallelism; .*lightning"),
+        ("pass_state", "gqa", "context", "strategy='pass_state' must be one of gqa's: ring"),
+        ("ring", "gqa", "sequence", "axis='sequence' must be one of the mesh's data, fsdp"),
+    ],
+)
+def test_refuses(strategy, name, axis, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.shard(strategy, registry.get(name), helpers.mesh(context=4), axis=axis)
