@@ -11,18 +11,26 @@ from experiments import finished, train
 
 SEEDS = (0, 1, 2)
 SVC = {"value": 0.9889, "source": "scikit-learn's SVC(gamma=0.001) on the same split"}
+SHORT = ["--steps", "300"]
 CHECKPOINTS = {  # name: (config, what the command line adds to it, reference)
     "vit_mha-tiny.digits@1": ("digits_small", ["--mixers", "multi_head_attention"], SVC),
-    "vit_gna-tiny.digits@1": ("digits_small", ["--mixers", "gna(window=(5, 5))"], SVC),
+    "vit_gna-tiny.digits@1": ("digits_small", ["--mixers", "gna(window=(5, 5))", *SHORT], SVC),
     "vit_swin-tiny.digits@1": (
         "digits_small",
-        ["--mixers", "swin(window=4)", "swin(window=4, shift=2)"],
+        ["--mixers", "swin(window=4)", "swin(window=4, shift=2)", *SHORT],
         SVC,
     ),
-    "vit_lightning-tiny.digits@1": ("digits_small", ["--mixers", "lightning_attention_2"], SVC),
-    "vit_hedgehog-tiny.digits@1": ("digits_small", ["--mixers", "hedgehog"], SVC),
-    "vit_eca-tiny.digits@1": ("digits_small", ["--mixers", "eca_net", "multi_head_attention"], SVC),
-    "lm_mha-tiny.mqar@1": ("mqar", ["--mixers", "multi_head_attention"], None),
+    "vit_lightning-tiny.digits@1": (
+        "digits_small",
+        ["--mixers", "lightning_attention_2", *SHORT],
+        SVC,
+    ),
+    "vit_hedgehog-tiny.digits@1": ("digits_small", ["--mixers", "hedgehog", *SHORT], SVC),
+    "vit_eca-tiny.digits@1": (
+        "digits_small",
+        ["--mixers", "eca_net", "multi_head_attention", *SHORT],
+        SVC,
+    ),
 }
 
 

@@ -59,7 +59,7 @@ class Policy:
 
     def __post_init__(self):
         if self.sinks < 0 or self.recent < 1:
-            raise ValueError(f"{self.sinks=} must be at least 0 and {self.recent=} at least 1")
+            raise ValueError(f"{self} must have sinks of at least 0 and recent of at least 1")
 
     def empty(
         self, batch: int, length: int, num_kv_heads: int, H: int, V: int, dtype: DTypeLike

@@ -39,7 +39,7 @@ class OutputProjection(nn.Module):
 
 
 class Dense(nn.Module):
-    """(B ... D) -> (B ... features); parameters `dense/kernel` (D F) and, if asked, `dense/bias`."""
+    """(B ... D) -> (B ... F); parameters `dense/kernel` (D F) and, if asked, `dense/bias`."""
 
     features: int
     use_bias: bool = True

@@ -58,7 +58,11 @@ def _enters(mask, first):
 
 
 def _chain(initial, state, factor, axis):
-    """The state before each device's tokens (P ...), and the last."""
+    """The state before each device's tokens (P ...), and the last.
+
+    One after the other: the states are few, and jaxlib 0.11.2 crashes on the gradient of an
+    associative scan here.
+    """
     initial = blocked_arguments.varying(initial.astype(state.dtype), like=(initial, state))
     step = lambda before, x: (x[0] * before + x[1], before)
     final, before = lax.scan(step, initial, lax.all_gather((factor, state), axis))

@@ -5,7 +5,8 @@ r"""Ring attention: keys and values travel around the devices, and partial softm
 
 over the pieces i of the keys. Source: Liu et al., "Ring Attention with Blockwise Transformers",
 algorithm 1. Memory is O(T / P) on each of P devices: in the backward pass keys and values travel
-once more, their gradients beside them, and the outputs of the pieces are computed again.
+once more, their gradients beside them, and the outputs of the pieces are computed again. Device i
+holds the i-th run of tokens, so under a causal mask the last devices work the most.
 """
 
 import functools

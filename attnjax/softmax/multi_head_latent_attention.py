@@ -159,10 +159,10 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _project(self, x, at):
         rotate = lambda x: positions.rotary(x, at, base=self.rotary_base)
-        latent = jnp.concatenate([self.norm(self.compress(x)), rotate(self.key_rope(x))[:, :, 0]], -1)
+        c, r = self.norm(self.compress(x)), rotate(self.key_rope(x))[:, :, 0]
         if self.query_rank is not None:
             x = self.query_norm(self.compress_query(x))
-        return self.query(x), rotate(self.query_rope(x)), latent
+        return self.query(x), rotate(self.query_rope(x)), jnp.concatenate([c, r], -1)
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:

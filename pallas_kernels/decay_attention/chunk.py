@@ -23,7 +23,7 @@ def attend(state, q, k, v, start, log_decay, *, age, count):
     within = jnp.where((s <= t) & (s >= start), _decay(log_decay, t - s), 0.0)
     seen = jnp.where(start < 0, _decay(log_decay, t + age), 0.0)
     left = jnp.where(t >= last, _decay(log_decay, count - 1 - t), 0.0)
-    kept = jnp.where(last < 1, _decay(log_decay, age + count - 1), 0.0)
+    kept = jnp.where(last < 0, _decay(log_decay, age + count - 1), 0.0)
     out = ((q @ k.T) * within) @ v + (q * seen) @ state
     return kept * state + (k * left).T @ v, out
 

@@ -26,7 +26,7 @@ def inputs(T, H=8, V=5, dtype=jnp.float32):
 def packed(T):
     """Segments that begin within chunks of 16 and at their borders, one of a single token."""
     first = jnp.isin(jnp.arange(T), jnp.array([3, 4, 16, 21]))
-    second = jnp.isin(jnp.arange(T), jnp.array([30]))
+    second = jnp.isin(jnp.arange(T), jnp.array([30, 32]))
     return jnp.cumsum(jnp.stack([first, second]), 1)
 
 

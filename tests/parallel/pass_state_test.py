@@ -14,8 +14,8 @@ LIGHTNING = registry.get("lightning_attention_2")
 HEDGEHOG = registry.get("hedgehog")
 LOG_DECAY = -jnp.array([0.05, 0.2, 0.5, 2.0])
 CAUSAL = masks.Causal()
-# a document that begins where a device does, one within, one over three devices
-SEGMENTS = masks.Segments(jnp.array([[0] * 4 + [1] * 3 + [2] * 9, [0] * 16]))
+# documents that begin where a device does, one within, one over three devices
+SEGMENTS = masks.Segments(jnp.array([[0] * 4 + [1] * 3 + [2] * 9, [0] * 4 + [1] * 12]))
 VALID = masks.Valid(jnp.arange(16)[None] < jnp.array([[16], [9]]))
 
 
@@ -61,22 +61,21 @@ def test_state_goes_in_and_comes_out(mask):
     chex.assert_trees_all_close(actual, ((o, state), grads), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", helpers.MESHES.values(), ids=helpers.MESHES)
-def test_a_learned_array_of_the_heads_has_its_gradient(axes):
+def test_a_learned_array_of_the_heads_has_its_gradient():
     args = list(HEDGEHOG.example(helpers.KEY, 16).values())
+    axes = dict(context=2, tensor=2)
     helpers.assert_same("pass_state", HEDGEHOG, args, axes=axes, mask=CAUSAL)
 
 
 def test_bfloat16():
     rounded = qkv(dtype="bfloat16")
     exact = [x.astype(jnp.float32) for x in rounded]
-    run = lambda fn, arrays: jax.tree.leaves(helpers.with_gradients(fn, mask=CAUSAL)(*arrays))
-    for actual, naive, x in zip(
-        run(sharded(dict(context=4)), rounded), run(lightning, rounded), run(lightning, exact),
-        strict=True,
-    ):  # fmt: skip
-        assert actual.dtype == jnp.bfloat16
-        assert helpers.rms(actual - x) <= 2 * helpers.rms(naive - x) + 2**-9 * helpers.rms(x)
+    run = lambda fn, arrays: jax.jit(functools.partial(fn, mask=CAUSAL))(*arrays)
+    truth, naive = run(lightning, exact), run(lightning, rounded)
+    actual = run(sharded(dict(context=4)), rounded)
+    assert actual.dtype == jnp.bfloat16
+    bound = 2 * helpers.rms(naive - truth) + 2**-9 * helpers.rms(truth)
+    assert helpers.rms(actual - truth) <= bound
 
 
 def compiled(size, T=2**16):
@@ -116,6 +115,6 @@ def test_refuses_the_state_of_a_length_that_does_not_divide():
 
 def test_refuses_a_record_without_a_carry():
     record = dataclasses.replace(LIGHTNING, carry=None)
-    fn = functools.partial(parallel.shard("pass_state", record, helpers.mesh(context=4)))
+    fn = parallel.shard("pass_state", record, helpers.mesh(context=4))
     with pytest.raises(NotImplementedError, match="pass_state needs initial_state"):
         fn(*qkv(), LOG_DECAY, mask=CAUSAL)

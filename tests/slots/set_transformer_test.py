@@ -36,6 +36,24 @@ def test_refuses_masks_by_position():
         sets.set_transformer(*draw(3, 2, 7, 4, 8), mask=masks.Causal())
 
 
+def test_block_is_the_equation():
+    x, y, module = draw(2, 5, 12), draw(2, 9, 10, seed=1), sets.MAB(2, 8)
+    params = init(module, x, y)
+    params = jax.tree.map(lambda p: p + 0.1 * draw(*p.shape), params)  # norms and biases too
+    p = params["params"]
+    norm = lambda name, x: nn.LayerNorm().apply(dict(params=p[name]), x)
+    heads = lambda name, x: jnp.einsum("BSD,DNH->BSNH", x, p[name]["heads"]["kernel"])
+
+    def equation():
+        o = sets.SPEC.oracle(heads("query", x), heads("key", y), heads("value", y))
+        a = norm("attended_norm", x + jnp.einsum("BTNH,NHD->BTD", o, p["out"]["merge"]["kernel"]))
+        rff = p["feedforward"]["dense"]
+        return norm("norm", a + nn.relu(a @ rff["kernel"] + rff["bias"][None, None]))
+
+    found, expected = jax.jit(lambda: (module.apply(params, x, y), equation()))()
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sab", "isab"])
 def test_encoders_are_permutation_equivariant(name):
     x, order = draw(2, 9, 12), jax.random.permutation(KEY, 9)

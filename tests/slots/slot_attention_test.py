@@ -61,12 +61,36 @@ def test_padding_changes_nothing():
     q, k, v = arrays(S=9)
     mask = masks.Valid(jnp.arange(9)[None] < 6)
     padded = slots.slot_attention(q, k, v, mask=mask)
-    chex.assert_trees_all_close(padded, slots.slot_attention(q, k[:, :6], v[:, :6]), rtol=1e-6)
+    chex.assert_trees_all_close(padded, slots.slot_attention(q, k[:, :6], v[:, :6]), rtol=1e-5)
     with pytest.raises(NotImplementedError, match="slot_attention can't honour Causal"):
         slots.slot_attention(q, k, v, mask=masks.Causal())
 
 
 # ---- the module ----
+
+
+def test_is_algorithm_1():
+    x, module = draw(2, 7, 12), build(initial="learned")
+    params = jax.jit(module.init)(KEY, x)
+    params = jax.tree.map(lambda p: p + 0.1 * draw(*p.shape), params)  # norms and biases too
+    p = params["params"]
+    norm = lambda name, x: nn.LayerNorm().apply(dict(params=p[name]), x)
+    heads = lambda name, x: jnp.einsum("BSD,DNH->BSNH", x, p[name]["heads"]["kernel"])
+
+    def dense(name, x):
+        return x @ p[name]["dense"]["kernel"] + p[name]["dense"]["bias"][None, None]
+
+    def algorithm():
+        inputs, now = norm("input_norm", x), jnp.stack([p["slots"]["table"]] * 2)
+        k, v = heads("key", inputs), heads("value", inputs)
+        for _ in range(3):
+            u = slots.SPEC.oracle(heads("query", norm("query_norm", now)), k, v)
+            now = slots.gru(now, dense("by_input", u[:, :, 0]), dense("by_state", now))
+            now = now + dense("down", nn.relu(dense("up", norm("mlp_norm", now))))
+        return now
+
+    found, expected = jax.jit(lambda: (module.apply(params, x), algorithm()))()
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gru_is_that_of_flax():
@@ -144,7 +168,6 @@ def test_trained_slots_find_groups_and_more_of_them_than_in_training():
     module = build(head_dim=16, mlp_dim=32)
     params = dict(slots=init(module, draw(1, 4, 16)), centres=0.3 * draw(16, 4))
     loss = lambda params, key: -jax.nn.logsumexp(-5 * distances(params, key, 3), -1).mean()
-    params = training.fit(loss, params, steps=250, learning_rate=5e-3)
-    assert score(params, 3) > 0.5
-    assert score(params, 3) > score(params, 3, num_iterations=1) + 0.05
-    assert score(params, 5) > 0.5
+    params = training.fit(loss, params, steps=600, learning_rate=5e-3)
+    assert score(params, 3) > max(0.65, score(params, 3, num_iterations=1) + 0.08)
+    assert score(params, 5) > 0.6

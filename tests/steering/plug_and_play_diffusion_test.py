@@ -65,6 +65,28 @@ def test_without_injection_both_are_plain_samples(setting):
     chex.assert_trees_all_close(translate(*setting, 0, 0), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_each_injection_ends_at_its_own_step(setting):
+    """Step by step: both kinds, then features alone, then none."""
+    guide, target, noise = setting
+    attention, feature = PATHS["attention"], PATHS["feature"]
+
+    def by_hand(guided, own):
+        for i in range(STEPS):
+            denoise = target
+            if i < 2:
+                found = edit.read(guide, what="qk", where=attention)(guided, i)[1]
+                denoise = pnp.inject(denoise, found)
+            if i < 5:
+                found = pnp.features(guide, where=feature)(guided, i)[1]
+                denoise = pnp.inject_features(denoise, found)
+            own = pnp.ddim_step(own, denoise(own, i), SIGNAL[i], SIGNAL[i + 1])
+            guided = pnp.ddim_step(guided, guide(guided, i), SIGNAL[i], SIGNAL[i + 1])
+        return guided, own
+
+    expected = jax.jit(by_hand)(noise, noise)
+    chex.assert_trees_all_close(translate(*setting, 2, 5), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_injecting_a_run_into_itself_changes_no_bit(setting):
     guide, _, noise = setting
     y, found = edit.read(guide, what="qk")(noise, 0)
