@@ -57,7 +57,7 @@ class Preemption:
 
     def _notice(self, number: int, _) -> None:
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._distributed:
             os.kill(os.getpid(), signal.SIGTERM)
         else:

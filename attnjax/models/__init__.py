@@ -42,8 +42,5 @@ def create(kind: str, **options: Any) -> nn.Module:
     required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
     if missing := sorted(required - options.keys()):
         raise ValueError(f"{kind} needs the options {', '.join(missing)}")
-    return model(**{name: _tuples(value) for name, value in options.items()})
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
+    return model(**{name: as_tuple(value) for name, value in options.items()})

@@ -54,7 +54,8 @@ def carry(
 ) -> Float[Array, "#B N 1 1"]:
     """What an initial state is multiplied by over T tokens: 0 where another segment begins.
 
-    A constant, as log_decay is. Raises NotImplementedError for masks that `decay_attention` can't honour.
+    A constant, as log_decay is. Raises NotImplementedError for masks that `decay_attention` can't
+    honour.
     """
     _, _, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
     factor = jnp.exp(jax.lax.stop_gradient(log_decay) * T)[None, :, None, None]

@@ -23,7 +23,7 @@ from attnjax.ops.dropout import Dropout
 
 Implementation = Literal["dense", "blocked"]
 
-_DENSE_UP_TO = 512 * 512  # scores of one head; measured: docs/benchmarks/attention_cpu.json
+_DENSE_UP_TO = 256 * 256  # scores of one head; measured: docs/benchmarks/attention_cpu.json
 
 
 def dot_product_attention(

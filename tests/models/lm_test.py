@@ -83,7 +83,8 @@ def test_generates_by_chance():
     actual = jnp.bincount(first[:, 0], length=11) / 600
     # 4 standard deviations of a frequency are 0.08 at most
     chex.assert_trees_all_close(actual, jax.nn.softmax(logits[0, 0] / 2), atol=0.08)
-    assert (first != draw(jax.random.key(1))).any() and (first[:, 0] != first[:, 1]).any()
+    assert (first != draw(jax.random.key(1))).any()
+    assert (first[:, 0] == first[:, 1]).mean() < 0.3  # each step has a key of its own
 
 
 @pytest.mark.parametrize("options", [dict(steps=0), dict(steps=1, temperature=1.0)], ids=str)

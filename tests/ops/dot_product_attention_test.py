@@ -216,7 +216,12 @@ def test_large_scores(implementation):
     expected_o, expected_lse = oracle(arrays, *positions(arrays), **options)
     # scores of 1e4 have errors of about 1e-3 in float32, and so has what is made of them
     np.testing.assert_allclose(o, expected_o, atol=2e-2)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6)
+    # a score is a sum of H products that may cancel, so its error is to be judged by their size
+    q, k = (np.abs(arrays[name]).transpose(0, 2, 1, 3) for name in "qk")
+    H, heads_of_a_key = q.shape[-1], q.shape[1] // k.shape[1]
+    size = (q @ k.repeat(heads_of_a_key, 1).mT).max(-1).swapaxes(1, 2) / np.sqrt(H)
+    unit = np.finfo(np.float32).eps / 2
+    assert (abs(lse - expected_lse) <= (H + 3) * unit * size).all()
     assert all(np.isfinite(g).all() for g in grads.values())
 
 
@@ -263,7 +268,7 @@ def test_pieces_of_a_sequence_give_the_whole(implementation):
     np.testing.assert_allclose(merged, whole[:, odd], atol=1e-6)
 
 
-@pytest.mark.parametrize("T, S, chosen", [(512, 512, "dense"), (512, 513, "blocked")])
+@pytest.mark.parametrize("T, S, chosen", [(256, 256, "dense"), (256, 257, "blocked")])
 def test_default_is_chosen_by_size(T, S, chosen, monkeypatch):
     used = []
     for name in IMPLEMENTATIONS:

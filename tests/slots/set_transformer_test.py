@@ -72,6 +72,21 @@ def test_padding_changes_nothing(name):
     chex.assert_trees_all_close(padded[:, : short.shape[1]], short, rtol=1e-4, atol=1e-5)
 
 
+def test_whole_is_its_blocks_in_turn():
+    x, module = draw(2, 9, 12), BLOCKS["pooled"]
+    params = init(module, x)
+
+    def in_turn(x):
+        pool = sets.PMA(2, 8, num_seeds=2)
+        steps = dict(encoder_0=sets.SAB(2, 8), encoder_1=sets.SAB(2, 8), pool=pool)
+        for name, block in (steps | dict(decoder_0=sets.SAB(2, 8))).items():
+            x = block.apply(dict(params=params["params"][name]), x)
+        return x
+
+    found, expected = jax.jit(lambda: (module.apply(params, x), in_turn(x)))()
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_decoder_needs_more_than_one_seed():
     with pytest.raises(ValueError, match="decoder_blocks=1 must be 0 with num_seeds=1"):
         init(sets.SetTransformer(2, 8, decoder_blocks=1), draw(2, 9, 12))

@@ -1,0 +1,29 @@
+"""The checkpoints that come with the library do what their cards say."""
+
+import jax
+import pytest
+
+from attnjax import zoo
+from attnjax.zoo import store
+from experiments import finished
+
+NAMES = [card.name for card in zoo.list(root=store.SHIPPED)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_checkpoint_repeats_its_metric(name):
+    module, params, card = zoo.load(name)
+    measured = finished.measure(finished.task_text(card), module, params, batch_size=180)
+    for metric, value in measured.items():
+        assert value == pytest.approx(card.metrics[metric]["per_seed"][0], rel=1e-3)
+    assert card.parameters == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_there_are_six_small_ones_of_different_families():
+    cards = zoo.list(root=store.SHIPPED)
+    families = {name.partition(".")[0] for card in cards for name in card.mechanisms}
+    assert len(cards) >= 6 and len(families) >= 4
+    for card in cards:
+        assert sum(f.stat().st_size for f in (store.SHIPPED / card.name).iterdir()) <= 2**20
+        assert len(card.metrics["accuracy"]["per_seed"]) >= 3
+        assert card.command.startswith("attnjax train ")
