@@ -55,7 +55,8 @@ setuptools.setup(
     extras_require={
         "experiments": EXPERIMENTS,
         "test": TEST,
-        "tfds": ["tensorflow>=2.20"],  # to prepare the data sets whose builders call it
+        # to prepare the data sets whose builders call TensorFlow; TFDS needs the other undeclared
+        "tfds": ["tensorflow>=2.20", "importlib_resources>=6.0"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # libtpu, which compiles for TPU on a machine without one

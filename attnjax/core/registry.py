@@ -181,16 +181,34 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 def build(text: str, **defaults) -> nn.Module:
     """The module that `text` asks for, as in `build("gqa(num_kv_heads=2)", num_heads=8)`.
 
-    Options in the text win over `defaults`; a default that the module has no field for is left
-    out, an option in the text that it has no field for is a ValueError naming the nearest field.
+    Options in the text win over `defaults`, of which those that the module has no field for are
+    left out. Raises ValueError as `construct` does, and for what is no mechanism.
     """
     name, options = parse(text)
     record = get(name)
     if not isinstance(record, Mechanism):
         raise ValueError(f"{name} is a {type(record).__name__}, not a Mechanism")
-    fields = {f.name for f in dataclasses.fields(record.module)} - {"parent", "name"}
+    known = fields(record.module)
+    defaults = {option: value for option, value in defaults.items() if option in known}
+    return construct(name, record.module, defaults | options)
+
+
+def construct(name: str, module: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    """`module(**options)`, checked.
+
+    Raises ValueError, beginning with `name`, for an option that is no field, naming the nearest,
+    and for a field without default that has no option.
+    """
+    known = fields(module)
     for option in options:
-        if option not in fields:
-            raise ValueError(f"{name} has no option {option!r}{nearest(option, fields)}")
-    fitting = {key: value for key, value in defaults.items() if key in fields}
-    return record.module(**(fitting | options))
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}")
+    required = {option for option, f in known.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - options.keys()):
+        raise ValueError(f"{name} needs the options {', '.join(missing)}")
+    return module(**options)
+
+
+def fields(module: type[nn.Module]) -> dict[str, dataclasses.Field]:
+    """The options of a module by name: its fields but those that Flax adds."""
+    return {f.name: f for f in dataclasses.fields(module) if f.name not in ("parent", "name")}

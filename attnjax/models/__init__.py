@@ -6,7 +6,6 @@ The arguments are data that JSON can hold, so that a config, a command line and 
 describe the same model.
 """
 
-import dataclasses
 import functools
 import importlib
 import pathlib
@@ -35,12 +34,6 @@ def create(kind: str, **options: Any) -> nn.Module:
         nearest = registry.nearest(kind, kinds())
         raise ValueError(f"no model is called {kind!r}{nearest}; there are {', '.join(kinds())}")
     model = importlib.import_module(f"attnjax.models.{kind}").MODEL
-    fields = {f.name: f for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
-    for option in options:
-        if option not in fields:
-            raise ValueError(f"{kind} has no option {option!r}{registry.nearest(option, fields)}")
-    required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
-    if missing := sorted(required - options.keys()):
-        raise ValueError(f"{kind} needs the options {', '.join(missing)}")
     as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
-    return model(**{name: as_tuple(value) for name, value in options.items()})
+    options = {name: as_tuple(value) for name, value in options.items()}
+    return registry.construct(kind, model, options)

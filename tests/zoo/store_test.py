@@ -30,7 +30,7 @@ class Fake(nn.Module):
 def fake_models(monkeypatch):
     kinds = {"fake": Fake}
     create = lambda kind, **options: kinds[kind](**options)
-    monkeypatch.setattr(store.models, "create", create, raising=False)
+    monkeypatch.setattr(store.models, "create", create)
     monkeypatch.delenv("ATTNJAX_ZOO", raising=False)
 
 
