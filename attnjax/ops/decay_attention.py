@@ -10,7 +10,7 @@ decay goes by position, as the equation says.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnjax.core import masks
 from pallas_kernels import decay_attention as kernels
@@ -43,7 +43,7 @@ def decay_attention(
         only_valid(k, valid),
         v,
         log_decay,
-        segments=_documents(segments, by),
+        segments=documents(segments, by),
         initial_state=initial_state,
         implementation=implementation,
     )
@@ -59,6 +59,13 @@ def carry(
     """
     _, _, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
     factor = jnp.exp(jax.lax.stop_gradient(log_decay) * T)[None, :, None, None]
+    return only_first(factor, segments)
+
+
+def only_first(
+    factor: Float[Array, "#B N G 1"], segments: tuple[masks.Segments, ...]
+) -> Float[Array, "#B N G 1"]:
+    """A factor of the initial state that is zero where a second segment begins."""
     for part in segments:
         factor = jnp.where((part.q == part.q[:, :1]).all(1)[:, None, None, None], factor, 0.0)
     return factor
@@ -73,8 +80,11 @@ def only_valid(
     return k
 
 
-def _documents(segments, by):
-    """A number for each run of tokens that no mask divides; None without masks."""
+def documents(segments: tuple[masks.Segments, ...], by: str) -> Int[Array, "B T"] | None:
+    """A number for each run of tokens that no mask divides; None without masks.
+
+    Raises NotImplementedError, naming who asks (`by`), for keys with numbers of their own.
+    """
     if any(part.kv is not None for part in segments):
         raise NotImplementedError(f"{by} can't honour Segments with ids of their own for keys")
     changes = [jnp.diff(part.q, axis=1, prepend=part.q[:, :1]) != 0 for part in segments]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import segments as documents
 from pallas_kernels.decay_attention import mosaic_tpu, xla
 
 Implementation = Literal["xla", "pallas", "interpret"]
@@ -79,7 +80,7 @@ def _check(q, k, v, log_decay, segments, initial_state, chunk, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _op(q, k, v, state, segments, log_decay, chunk, implementation):
-    args = q, k, v, state, None if segments is None else _starts(segments), log_decay
+    args = q, k, v, state, None if segments is None else documents.starts(segments), log_decay
     by_xla = functools.partial(xla.decay_attention, chunk=chunk)
     by_kernel = functools.partial(mosaic_tpu.decay_attention, chunk=chunk)
     match implementation:
@@ -89,13 +90,6 @@ def _op(q, k, v, state, segments, log_decay, chunk, implementation):
             return by_xla(*args)
         case _:
             return by_kernel(*args, interpret=implementation == "interpret")
-
-
-def _starts(segments):
-    """Where the segment of each token begins (B T); -1 for the first, which has the state."""
-    t = jnp.arange(1, segments.shape[1])
-    new = jnp.where(segments[:, 1:] != segments[:, :-1], t[None], -1)
-    return jax.lax.cummax(jnp.pad(new, ((0, 0), (1, 0)), constant_values=-1), axis=1)
 
 
 def _forward(q, k, v, state, segments, log_decay, chunk, implementation):
