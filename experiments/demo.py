@@ -31,7 +31,7 @@ class Demo:
     """Everything is written here."""
     fresh: bool = False
     """Forget an earlier demo in that directory."""
-    digits_steps: int = 900
+    digits_steps: int = 600
     """Steps of each ViT."""
     text_steps: int = 240
     """Steps of the language model."""
