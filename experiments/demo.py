@@ -31,7 +31,7 @@ class Demo:
     """Everything is written here."""
     fresh: bool = False
     """Forget an earlier demo in that directory."""
-    digits_steps: int = 900
+    digits_steps: int = 600
     """Steps of each ViT."""
     text_steps: int = 240
     """Steps of the language model."""
@@ -87,7 +87,8 @@ def _train(root: pathlib.Path, name: str, config) -> Row:
     from experiments import train
 
     (mechanism,) = config.mixers
-    config = dataclasses.replace(config, directory=str(root / name))
+    often = max(1, config.steps // 4)  # points of the report's curves
+    config = dataclasses.replace(config, directory=str(root / name), eval_every=often)
     print(f"\n{name}: {config.model} with {mechanism} on {config.task}")
     start = time.perf_counter()
     if train.train(config) != 0:

@@ -58,7 +58,7 @@ def write(root: pathlib.Path, rows: Sequence, baselines: Mapping[str, Mapping[st
 
 
 def _table(rows, baselines, metric, digits) -> str:
-    head = ("mechanism", metric.replace("bits_per_token", "bits per byte"), "parameters",
+    head = ("mechanism", _label(metric), "parameters",
             "seconds", "memory of a step")  # fmt: skip
     lines = ["".join(f"<th>{name}</th>" for name in head)]
     number = lambda text: f"<td class='number'>{text}</td>"
@@ -70,6 +70,11 @@ def _table(rows, baselines, metric, digits) -> str:
         text = name.replace("_", " ")
         lines.append(f"<td><i>{text}</i></td>" + number(f"{value:.{digits}f}") + "<td></td>" * 3)
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _label(metric) -> str:
+    """A metric in words; the tokens of the demo's text are bytes."""
+    return metric.replace("bits_per_token", "bits_per_byte").replace("_", " ")
 
 
 def _figure(file: pathlib.Path, caption: str) -> str:
@@ -89,8 +94,9 @@ def _curves(rows, metric, pictures, baselines=None) -> pathlib.Path:
         axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=row.mechanism)
     for name, value in (baselines or {}).items():
         axes.axhline(value, ls=":", color="gray")
-        axes.annotate(name.replace("_", " "), (0, value), va="bottom", color="gray", fontsize=8)
-    axes.set(xlabel="step", ylabel=f"test {metric.replace('_', ' ')}")
+        at = dict(transform=axes.get_yaxis_transform(), va="bottom", color="gray", fontsize=8)
+        axes.text(0.01, value, name.replace("_", " "), **at)
+    axes.set(xlabel="step", ylabel=f"test {_label(metric)}")
     axes.legend(frameon=False)
     file = pictures / f"{metric}.png"
     figure.savefig(file, dpi=130)

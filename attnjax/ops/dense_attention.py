@@ -18,27 +18,37 @@ def dense_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout
         x = over_tile(score_mod)(x, b, n, t, s)
     if mask is not None:
         x = jnp.where(mask.visible(t, s), x, -jnp.inf)
-    lse = jax.nn.logsumexp(x, -1)  # B N T
+    peak = jnp.max(x, -1)  # B N T
     if sinks is not None:
-        lse = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, :, None])
-    seen = lse > -jnp.inf  # a query that sees nothing: no weights, and no NaN in the gradient
-    weights = jnp.exp(x - jnp.where(seen, lse, 0.0)[..., None])
+        sinks = sinks.astype(jnp.float32)[None, :, None]
+        peak = jnp.maximum(peak, sinks)
+    # a query that sees nothing: no weights, and no NaN in the gradient
+    peak = jax.lax.stop_gradient(jnp.where(peak > -jnp.inf, peak, 0.0))
+    weights = jnp.exp(x - peak[..., None])
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - peak)
     if dropout is not None:
         kept = dropout.keep(*jnp.ix_(b, n, t, s))
         weights = jnp.where(kept, weights / (1 - dropout.rate), 0.0)
-    weights = weights.reshape(B, k.shape[2], -1, *weights.shape[2:])
-    o = jnp.einsum("BKGTS,BSKV->BTKGV", weights, v.astype(jnp.float32))
-    return o.reshape(B, T, N, -1).astype(v.dtype), lse.swapaxes(1, 2)
+    weights = weights.reshape(B, k.shape[2], -1, len(s))
+    o = (weights @ v.astype(jnp.float32).swapaxes(1, 2)).reshape(B, N, T, -1)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    o = o / total[..., None]  # here and not in the weights, which are many more
+    lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
+    return o.swapaxes(1, 2).astype(v.dtype), lse.swapaxes(1, 2)
 
 
 def logits(q, k, *, scale, softcap):
     """Scaled and soft-capped products in float32: (B N T S)."""
     B, T, N, H = q.shape
-    q = q.reshape(B, T, k.shape[2], -1, H)
-    x = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    q = q.swapaxes(1, 2).reshape(B, k.shape[2], -1, H)  # now, and not the scores, which are many more
+    k = k.transpose(0, 2, 3, 1)
+    x = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, N, T, -1) * scale
     if softcap is not None:
         x = softcap * jnp.tanh(x / softcap)
-    return x.reshape(B, N, T, -1)
+    return x
 
 
 def over_tile(score_mod):

@@ -70,7 +70,7 @@ def test_build_takes_options_over_defaults():
 def test_build_refuses_what_is_no_option():
     with pytest.raises(ValueError, match="no option 'num_head'; did you mean num_heads"):
         registry.build("multi_head_attention(num_head=2)", head_dim=4)
-    with pytest.raises(ValueError, match="multi_head_attention needs the options head_dim, num_heads"):
+    with pytest.raises(ValueError, match="needs the options head_dim, num_heads"):
         registry.build("multi_head_attention")
     with pytest.raises(ValueError, match="softmax_limits is a Probe, not a Mechanism"):
         registry.build("softmax_limits")
