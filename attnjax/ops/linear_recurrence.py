@@ -3,8 +3,8 @@ r"""Linear recurrences with gates, under masks.
     S_t = diag(exp(g_t)) S_{t-1} + k_t u_t^T,    o_t = S_t^T q_t      u: values, or the delta rule's
 
 The maths is in `pallas_kernels.linear_recurrence`; here masks become what it understands: a token
-that is not valid stores nothing and replaces nothing, a document that begins resets the state. Time
-passes at padding as elsewhere: its decay counts, as in the equation.
+that is not valid changes nothing, a document that begins resets the state. A decay is made of its
+token, so at padding it counts as none; `ops.decay_attention`, where it is a constant, goes by time.
 """
 
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ def linear_recurrence(
     Raises NotImplementedError for any other mask, ValueError for shapes that don't fit.
     """
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
+    if log_decay is not None:
+        log_decay = decays.only_valid(log_decay, valid)
     return kernels.linear_recurrence(
         q,
         decays.only_valid(k, valid),
@@ -56,6 +58,7 @@ def carry(
 
     It is 0 where another segment begins. Raises NotImplementedError as `linear_recurrence` does.
     """
-    _, _, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
+    _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
+    log_decay = decays.only_valid(log_decay, valid)
     factor = jnp.exp(log_decay.astype(jnp.float32).sum(1))[..., None]
     return decays.only_first(factor, segments)

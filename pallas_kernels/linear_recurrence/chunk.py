@@ -1,6 +1,7 @@
 """The maths of one chunk of one head, shared by every implementation."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 
 _PART = 16  # tokens among which decays by channel are taken pair by pair
@@ -26,13 +27,32 @@ def attend(state, q, k, v, log_decay, beta, start):
         beta = beta.astype(jnp.float32)
         stored = _weights(k, k, g, past & (s < t))
         v = beta * (v - (k * seen) @ state)
-        v = jax.scipy.linalg.solve_triangular(
-            jnp.eye(C) + beta * stored, v, lower=True, unit_diagonal=True
-        )
+        v = _solve(beta * stored, v)
     out = (q * seen) @ state + _weights(q, k, g, past) @ v
     left = jnp.where(t >= last, jnp.exp(g[-1:] - g), 0.0)
     kept = jnp.where(last < 0, jnp.exp(g[-1]), 0.0)
     return kept[:, None] * state + (k * left).T @ v, out
+
+
+def _solve(lower, v):
+    """x of (I + lower) x = v, where lower (C C) is zero on and above its diagonal.
+
+    Blocks of 1, 2, 4, ... rows are inverted, two at a time: [[A, 0], [B, D]] has the inverse
+    [[A', 0], [-D' B A', D']]. Products of matrices alone are fast on any platform, where solvers of
+    libraries are called once for each chunk and, on a busy CPU, wait for each other's threads.
+    """
+    C, n = len(lower), 1
+    size = 1 << (C - 1).bit_length()
+    lower, inverse = jnp.pad(lower, (0, size - C)), jnp.ones((size, 1, 1))
+    times = functools.partial(jnp.matmul, precision="highest")  # errors would grow with each level
+    while n < size:
+        pairs = lower.reshape(size // (2 * n), 2 * n, size // (2 * n), 2 * n)
+        below = jnp.einsum("PTPS->PTS", pairs)[:, n:, :n]
+        first, second = inverse[::2], inverse[1::2]
+        below = -times(times(second, below), first)
+        inverse = jnp.block([[first, jnp.zeros_like(first)], [below, second]])
+        n *= 2
+    return times(inverse[0, :C, :C], v)
 
 
 def _weights(q, k, g, visible):

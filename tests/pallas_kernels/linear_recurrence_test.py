@@ -89,8 +89,9 @@ def test_equals_the_recurrence(gate, T, segmented):
 def test_size_of_a_chunk_changes_nothing(gate):
     args = inputs(gate, 130)
     run = lambda chunk: kernels.linear_recurrence(**args, chunk=chunk)
-    small, large = jax.jit(lambda: [run(chunk) for chunk in (16, 64)])()
+    small, odd, large = jax.jit(lambda: [run(chunk) for chunk in (16, 48, 64)])()
     assert_close(small, large)
+    assert_close(odd, large)
 
 
 @pytest.mark.parametrize("gate", [gate for gate, kind in GATES.items() if "log_decay" in kind])
