@@ -55,7 +55,8 @@ def inputs(name, dtype="float32", T=8):
 
 @functools.cache
 def params_of(name):
-    return jax.jit(build(name).init)(RNGS, *inputs(name))
+    with jax.ensure_compile_time_eval():  # the cache must hold no tracer of who asks first
+        return jax.jit(build(name).init)(RNGS, *inputs(name))
 
 
 def apply(name, *args, **kwargs):

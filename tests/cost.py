@@ -4,6 +4,8 @@ import math
 
 import jax
 
+_MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+
 
 def largest_array(fn, *args) -> int:
     """Entries of the largest array that is computed."""
@@ -40,6 +42,8 @@ def _of(eqn):
         return eqn.params["length"] * sum(inner)
     if inner:
         return max(inner) if kind == "cond" else sum(inner)
+    if kind in _MOVES:
+        return 0
     size = sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
     if kind == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
