@@ -30,7 +30,12 @@ class Benchmark:
     """Measure the time and memory of mechanisms."""
 
 
-_EXPERIMENTS = {"train": Train, "evaluate": Evaluate, "benchmark": Benchmark}
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare mechanisms trained under one budget, with several seeds."""
+
+
+_EXPERIMENTS = {"train": Train, "evaluate": Evaluate, "benchmark": Benchmark, "compare": Compare}
 _COMMANDS = {
     "list": commands.List,
     "show": commands.Show,

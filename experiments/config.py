@@ -9,7 +9,10 @@ import hashlib
 import importlib
 import inspect
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
+
+import jax
 
 from attnjax.core import registry
 
@@ -67,6 +70,8 @@ class Experiment:
     """Steps between evaluations on the test split; the last step is always followed by one."""
     eval_examples: int = 2000
     """Most examples of an evaluation during training; the last one takes all of them."""
+    target: float | None = None
+    """Test accuracy of an evaluation after which the run ends early."""
     save_every: int = 250
     """Steps between checkpoints."""
     keep: int = 3
@@ -93,6 +98,13 @@ class Experiment:
     """Print shapes, parameters, mesh and memory, and stop."""
 
 
+def emulate(cpu_devices: int) -> None:
+    """So many devices on a CPU, before anything else uses jax; 0 leaves the machine's own."""
+    if cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
 def configs() -> dict[str, tuple[str, Experiment]]:
     """Every file of experiments/configs by name: (its docstring, its CONFIG)."""
     found = {}
@@ -102,10 +114,30 @@ def configs() -> dict[str, tuple[str, Experiment]]:
     return found
 
 
+def named(name: str) -> Experiment:
+    """The config of a file in experiments/configs; ValueError where there is none."""
+    choices = configs()
+    if name not in choices:
+        ending = registry.nearest(name, choices) or f"; there are {', '.join(choices)}"
+        raise ValueError(f"no config is called {name!r}{ending}")
+    return choices[name][1]
+
+
 def fingerprint(config: Experiment) -> dict[str, Any]:
     """What of a config decides the numbers of a run: not where it is written or how it is split."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in _UNIMPORTANT}
+
+
+def text(name: str, options: Mapping[str, Any]) -> str:
+    """A name with options, as `registry.parse_call` reads them."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
+
+
+def changed(call: str, **options: Any) -> str:
+    """A text such as "mqar(num_pairs=8)" with other options, or more of them."""
+    name, old = registry.parse_call(call)
+    return text(name, old | options)
 
 
 def code_version() -> str:

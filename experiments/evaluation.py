@@ -35,6 +35,15 @@ def text(measured: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
 
 
+def commonest(config) -> float:
+    """Accuracy on the test split of always giving the answer that is most frequent there."""
+    _, source = configs.make_task(config.task, "test")
+    counts = np.zeros(source.vocab_size)
+    for batch in padded_batches(source, config.batch_size, config.eval_examples):
+        counts += np.bincount(batch["targets"].ravel(), batch["weights"].ravel(), len(counts))
+    return float(counts.max() / counts.sum())
+
+
 def padded_batches(source, size: int, most: int | None = None) -> Iterator[dict[str, np.ndarray]]:
     """Batches of exactly `size`, with weights that are 0 for what only fills up the last."""
     count = len(source) if most is None else min(most, len(source))

@@ -102,8 +102,7 @@ def publish(
 
 def task_text(card: zoo.Card) -> str:
     """The task of a card as a config says it."""
-    options = ", ".join(f"{key}={value!r}" for key, value in card.task["options"].items())
-    return f"{card.task['name']}({options})"
+    return configs.text(card.task["name"], card.task["options"])
 
 
 def curves(path: os.PathLike | str) -> list[dict]:

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from attnjax import parallel
 from attnjax.core import sharding
-from experiments import learning
+from experiments import config as configs
+from experiments import evaluation, learning
 
 
 class Placed(NamedTuple):
@@ -66,6 +67,16 @@ def place(config, model, example, mesh) -> Placed:
     sums = lambda params, batch: learning.loss_sums(model, params, batch, key)[1]
     make = {"jit": _over_mesh, "pmap": _over_devices}[config.parallel]
     return make(init, step, sums, optimiser, example, mesh)
+
+
+def prepare(config):
+    """(a config's step in its place, a host batch of its first examples); nothing is computed."""
+    _, source = configs.make_task(config.task, "train")
+    mesh = make_mesh(config)
+    description = learning.model_description(config, source)
+    model = learning.make_model(description, parallel=context_parallel(mesh))
+    example = next(evaluation.padded_batches(source, config.batch_size))
+    return place(config, model, example, mesh), example
 
 
 def _over_mesh(init, step, sums, optimiser, example, mesh) -> Placed:

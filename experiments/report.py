@@ -1,6 +1,5 @@
 """One page of what was trained: a table, curves and attention maps, beside simple baselines."""
 
-import html
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,15 +10,7 @@ from attnjax import zoo
 from attnjax.core import edit
 from experiments import config as configs
 from experiments import finished
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; text-align: left;
-       border-bottom: 1px solid #ddd } td.number { text-align: right;
-       font-variant-numeric: tabular-nums } tr.baseline { color: #777 } img { max-width: 100% }
-figure { margin: 1.5rem 0 } figcaption { color: #555; font-size: .9rem }
-"""
+from experiments import page as pages
 
 
 def write(root: pathlib.Path, rows: Sequence, baselines: Mapping[str, Mapping[str, float]]):
@@ -48,28 +39,23 @@ def write(root: pathlib.Path, rows: Sequence, baselines: Mapping[str, Mapping[st
     body += [_table(texts, baselines["source_text"], "bits_per_token", 3)]
     bits = _curves(texts, "bits_per_token", pictures, baselines["source_text"])
     body += [_figure(bits, "Bits per byte on the test files during training.")]
-    body += ["<h2>Machine</h2>", f"<pre>{html.escape((rows[0].run / 'env.txt').read_text())}</pre>"]
+    body += ["<h2>Machine</h2>", pages.preformatted((rows[0].run / "env.txt").read_text())]
     page = root / "report.html"
-    page.write_text(
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>attnjax report</title>"
-        f"<style>{_STYLE}</style>{''.join(body)}</html>\n"
-    )
+    page.write_text(pages.document("attnjax report", body))
     return page
 
 
 def _table(rows, baselines, metric, digits) -> str:
-    head = ("mechanism", _label(metric), "parameters",
-            "seconds", "memory of a step")  # fmt: skip
-    lines = ["".join(f"<th>{name}</th>" for name in head)]
-    number = lambda text: f"<td class='number'>{text}</td>"
-    for row in rows:
-        cells = (f"{row.metrics[metric]:.{digits}f}", f"{row.parameters:,}", f"{row.seconds:.0f}",
-                 f"{row.memory / 2**20:.1f} MiB")  # fmt: skip
-        lines.append(f"<td>{html.escape(row.mechanism)}</td>" + "".join(map(number, cells)))
+    head = ("mechanism", _label(metric), "parameters", "seconds", "memory of a step")
+    number = lambda value: f"{value:.{digits}f}"
+    lines = [
+        (row.mechanism, number(row.metrics[metric]), f"{row.parameters:,}", f"{row.seconds:.0f}",
+         f"{row.memory / 2**20:.1f} MiB")
+        for row in rows
+    ]  # fmt: skip
     for name, value in baselines.items():
-        text = name.replace("_", " ")
-        lines.append(f"<td><i>{text}</i></td>" + number(f"{value:.{digits}f}") + "<td></td>" * 3)
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+        lines.append((name.replace("_", " "), number(value), "", "", ""))
+    return pages.table(head, lines)
 
 
 def _label(metric) -> str:
@@ -78,9 +64,7 @@ def _label(metric) -> str:
 
 
 def _figure(file: pathlib.Path, caption: str) -> str:
-    source = f"{file.parent.name}/{file.name}"
-    text = html.escape(caption)
-    return f"<figure><img src='{source}' alt='{text}'><figcaption>{text}</figcaption></figure>"
+    return pages.figure(f"{file.parent.name}/{file.name}", caption)
 
 
 def _curves(rows, metric, pictures, baselines=None) -> pathlib.Path:

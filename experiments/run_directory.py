@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -24,16 +25,29 @@ class RunDirectory:
             (self.path / "config.json").write_text(json.dumps(content, indent=2) + "\n")
             (self.path / "env.txt").write_text(environment())
         self._events = None
+        self._best = -math.inf
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps after `step`: a run that resumes there will write them again."""
         file = self.path / "metrics.jsonl"
-        if self.writes and file.exists():
-            kept = [line for line in metrics(self.path) if line["step"] <= step]
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if not file.exists():
+            return
+        kept = [line for line in metrics(self.path) if line["step"] <= step]
+        tested = [line["test_accuracy"] for line in kept if "test_accuracy" in line]
+        self._best = max(tested, default=-math.inf)
+        if self.writes:
+            # whole at any moment, as other processes read it too
+            new = file.with_suffix(".new")
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            new.replace(file)
+
+    def reached(self, target: float | None) -> bool:
+        """Whether a test accuracy of the run is `target` or more."""
+        return target is not None and self._best >= target
 
     def log(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and the same as TensorBoard scalars."""
+        self._best = max(self._best, values.get("test_accuracy", self._best))
         if not self.writes:
             return
         line = {"step": step, "time": time.time(), **values}

@@ -24,16 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     args = list(sys.argv[1:] if argv is None else argv)
-    choices = configs.configs()
-    if args and not args[0].startswith("-") and args[0] not in choices:
-        from attnjax.core import registry
-
-        ending = registry.nearest(args[0], choices) or f"; there is {', '.join(choices)}"
-        return _refuse(f"no config is called {args[0]!r}{ending}")
-    config = tyro.extras.overridable_config_cli(choices, prog="attnjax train", args=args)
-    if not config.directory:
-        config = dataclasses.replace(config, directory=f"runs/{args[0]}")
     try:
+        if args and not args[0].startswith("-"):
+            configs.named(args[0])
+        choices = configs.configs()
+        config = tyro.extras.overridable_config_cli(choices, prog="attnjax train", args=args)
+        if not config.directory:
+            config = dataclasses.replace(config, directory=f"runs/{args[0]}")
         return train(config)
     except ValueError as error:
         return _refuse(str(error))
@@ -46,9 +43,7 @@ def train(config: configs.Experiment) -> int:
     """Runs `config` to its last step, or to a signal; 0 where it ended in order."""
     import jax
 
-    if config.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    configs.emulate(config.cpu_devices)
     if config.coordinator:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
 
@@ -116,11 +111,11 @@ def train(config: configs.Experiment) -> int:
             for bad, reason in restored.skipped:
                 print(f"skipped the checkpoint of step {bad}: {reason}", file=sys.stderr)
             print(f"resumed after step {step}")
-            run.forget_after(step)
+        run.forget_after(step)
         progress = stack.enter_context(progress_bars.Progress(config, done=step, example=example))
 
         # ---- the loop ----
-        while step < config.steps:
+        while step < config.steps and not run.reached(config.target):
             batch = next(batches)
             state, metrics = placed.update(state, placed.put(batch))
             step += 1
@@ -140,10 +135,11 @@ def train(config: configs.Experiment) -> int:
                 measured = evaluation.measure(config, placed, state["params"], most)
                 run.log(step, **{f"test_{name}": value for name, value in measured.items()})
                 progress.say(f"step {step}: test {evaluation.text(measured)}")
+            last = step == config.steps or run.reached(config.target)
             stop = preempted.requested(step)
-            if checkpointer.due(step) or stop or step == config.steps:
+            if checkpointer.due(step) or stop or last:
                 checkpointer.save(step, state, batches.get_state())
-            if stop and step < config.steps:
+            if stop and not last:
                 checkpointer.wait()
                 progress.say(preempted.message(step))
                 return 0

@@ -39,7 +39,7 @@ def test_unknown_option_exits_with_2_and_names_the_nearest(capsys):
     assert "--family" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "benchmark"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "benchmark", "compare"])
 def test_experiments_get_their_arguments_untouched(command, monkeypatch):
     experiment = types.SimpleNamespace(main=lambda argv: argv == ["copy", "--help", "--steps=3"])
     monkeypatch.setitem(sys.modules, f"experiments.{command}", experiment)

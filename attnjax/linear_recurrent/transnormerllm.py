@@ -95,7 +95,7 @@ class State(NamedTuple):
     memory: Float[Array, "B N F V"]
 
 
-class Transnormerllm(nn.Module):
+class TransNormerLLM(nn.Module):
     """Gated linear attention, eq. 11, over (B T D), as layer number `layer` of `num_layers`."""
 
     num_heads: int
@@ -170,7 +170,7 @@ def _oracle(q, k, v, log_decay, angle, *, mask=None):
 
 SPEC = registry.Mechanism(
     fn=transnormerllm,
-    module=Transnormerllm,
+    module=TransNormerLLM,
     small=dict(num_heads=4, head_dim=8),
     papers=("transnormerllm", "lightning-attention-tnl"),
     example=_example,

@@ -7,11 +7,14 @@ r"""Selective scans over an image along several routes, each a permutation of it
 
 Each route has weights of its own. Source of the raster: Liu et al., "VMamba: Visual State Space
 Model", arXiv:2401.10166, section 4.3; of the others: Ji, "MHS-VM", arXiv:2406.05992.
+
+`slow_ss2d` and `walk` say the same token by token, for the oracles of mechanisms that scan images.
 """
 
 import functools
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -48,6 +51,22 @@ def cross_scan(
     flat = jnp.repeat(x.reshape(B, X * Y, N, H), ROUTES, axis=2)
     y, _ = scans.selected_scan(_permute(flat, order), select, widen, bias, log_rate, skip)
     return _permute(y, np.argsort(order, 1)).reshape(B, X, Y, N, ROUTES, H)
+
+
+def ss2d(
+    u: Float[Array, "B X Y H"],
+    select: Float[Array, "4 H F"],
+    widen: Float[Array, "4 R H"],
+    bias: Float[Array, "4 H"],
+    log_rate: Float[Array, "4 H M"],
+    skip: Float[Array, "4 H"],
+    *,
+    pattern: Pattern = "raster",
+) -> Float[Array, "B X Y H"]:
+    """The sum of a pattern's routes, in u's dtype; otherwise as `cross_scan`."""
+    weights = select, widen, bias, log_rate, skip
+    y = cross_scan(u[..., None, :], *weights, patterns=(pattern,))
+    return y.astype(jnp.float32).sum((3, 4)).astype(u.dtype)
 
 
 @functools.cache
@@ -95,3 +114,30 @@ def _spiral(cells):
 def _permute(x, order):
     """(B T J H), (J T) -> (B T J H): token t of route j becomes its token order[j, t]."""
     return x[:, order.T, np.arange(len(order))[None]]
+
+
+def slow_ss2d(u, select, widen, bias, log_rate, skip, *, snake=False):
+    """`ss2d` of the raster or the snake, token by token in u's dtype."""
+    B, X, Y, H = u.shape
+    turn = lambda line, number: line[::-1] if snake and number % 2 else line
+    rows = [x * Y + y for x in range(X) for y in turn(range(Y), x)]
+    columns = [x * Y + y for y in range(Y) for x in turn(range(X), y)]
+    orders = np.array([rows, columns, rows[::-1], columns[::-1]])
+    each = jax.vmap(walk, (None, *[0] * 6))
+    y = each(u.reshape(B, X * Y, H), orders, select, widen, bias, log_rate, skip)
+    return y.sum(0).reshape(u.shape)
+
+
+def walk(u, order, select, widen, bias, log_rate, skip):
+    """(B T H): a scan over tokens u (B T H) in this order (T), token by token in u's dtype."""
+    R, M = len(widen), log_rate.shape[1]
+
+    def step(h, x):
+        r, b, c = jnp.split(x @ select, [R, R + M], -1)
+        delta = jnp.logaddexp(r @ widen + bias[None], 0)[..., None]
+        h = jnp.exp(delta * -jnp.exp(log_rate)[None]) * h + delta * x[..., None] * b[:, None]
+        return h, jnp.einsum("BHM,BM->BH", h, c) + skip[None] * x
+
+    h = jnp.zeros((*u[:, 0].shape, M), u.dtype)
+    y = jax.lax.scan(step, h, u[:, order].swapaxes(0, 1))[1]
+    return jnp.zeros_like(u).at[:, order].set(y.swapaxes(0, 1))

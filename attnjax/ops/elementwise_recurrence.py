@@ -58,10 +58,9 @@ def carry(
     a: Inexact[Array, "B T N H"], *, mask: masks.Mask | None = None
 ) -> Inexact[Array, "B N H"]:
     """What an initial state is multiplied by over all tokens: 0 where another segment begins."""
-    ones = jnp.ones_like(a[:, 0])
-    return elementwise_recurrence(a, jnp.zeros_like(a), mask=mask, initial_state=ones, by="carry")[
-        1
-    ]
+    options = dict(mask=mask, initial_state=jnp.ones_like(a[:, 0]), by="carry")
+    _, factor = elementwise_recurrence(a, jnp.zeros_like(a), **options)
+    return factor
 
 
 @jax.checkpoint

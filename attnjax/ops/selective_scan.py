@@ -5,9 +5,9 @@ r"""The selective scan of Mamba (S6), under masks, and with the choice of its st
     [r_t, b_t, c_t] = x_t select,    delta_t = softplus(r_t widen + bias),    rate = -exp(log_rate)
 
 The maths of the scan is in `pallas_kernels.selective_scan`; here masks become what it understands:
-a token that is not valid adds nothing, a document that begins resets the state. Time passes at
-padding as elsewhere: its delta counts. Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling
-with Selective State Spaces", arXiv:2312.00752, algorithm 2.
+a token that is not valid changes nothing, as its step is 0, and a document that begins resets the
+state. Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+arXiv:2312.00752, algorithm 2.
 """
 
 import jax
@@ -45,7 +45,7 @@ def selective_scan(
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
     return kernels.selective_scan(
         decays.only_valid(x, valid),
-        delta,
+        decays.only_valid(delta, valid),
         rate,
         b,
         c,
@@ -53,6 +53,19 @@ def selective_scan(
         segments=decays.documents(segments, by),
         initial_state=initial_state,
     )
+
+
+def carry(
+    delta: Float[Array, "B T N H"], rate: Float[Array, "N H M"], *, mask: masks.Mask | None = None
+) -> Float[Array, "B N H M"]:
+    """What an initial state is multiplied by over all tokens: 0 where another segment begins.
+
+    Raises NotImplementedError as `selective_scan` does.
+    """
+    _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
+    time = decays.only_valid(delta, valid).astype(jnp.float32).sum(1)
+    factor = jnp.exp(time[..., None] * rate.astype(jnp.float32)[None])
+    return decays.only_first(factor.reshape(*time.shape[:2], -1, 1), segments).reshape(factor.shape)
 
 
 def choose(

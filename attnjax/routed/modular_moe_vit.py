@@ -58,7 +58,8 @@ def modular_moe_vit(
       logits: x W of the routers of all tasks, of which that of `task` counts.
       topk: experts of a token; other options: `ops.dot_product_attention`.
 
-    Raises ValueError for a topk that is not 1 to E and a task that is not 0 to L - 1.
+    Raises ValueError for a topk that is not 1 to E, and for a task that is known while tracing and
+    is not 0 to L - 1.
     """
     gates, chosen = routing.choose(_of_task(logits, task), topk=topk)
     q = routing.expert_dense(x, query, chosen)
@@ -93,8 +94,8 @@ def mutual_information_loss(
     Args:
       logits: of the router of `task`, for a batch of it.
       running: before this batch; begin with 1 / E.
-      momentum: of the running means. The loss has the gradient that it would have if P(e | task)
-        were the mean over this batch alone.
+      momentum: of the running means. The gradient goes to this batch in full, and not by the share
+        1 - momentum that it has in them.
     """
     p = jax.nn.softmax(logits.astype(jnp.float32)).reshape(-1, logits.shape[-1]).mean(0)
     constant = jax.lax.stop_gradient(p)
@@ -107,7 +108,7 @@ def drop_experts(params: PyTree, kept: Sequence[int]) -> PyTree:
     """Parameters of a ModularMoeVit or ModularMlp with the experts `kept` alone, in that order.
 
     For a task that chooses no other it is the same function. Raises ValueError where `kept` names
-    an expert twice.
+    an expert twice, or one that is not there.
     """
     if len(set(kept)) != len(kept):
         raise ValueError(f"{kept=} must not name an expert twice")
@@ -115,7 +116,11 @@ def drop_experts(params: PyTree, kept: Sequence[int]) -> PyTree:
     def drop(path, leaf):
         names = {entry.key for entry in path}
         axis = 2 if "router" in names else 0 if names & {"query", "out", "up", "down"} else None
-        return leaf if axis is None else jnp.take(leaf, jnp.asarray(kept), axis)
+        if axis is None:
+            return leaf
+        if not set(kept) <= set(range(leaf.shape[axis])):
+            raise ValueError(f"{kept=} must be among the {leaf.shape[axis]} experts")
+        return jnp.take(leaf, jnp.asarray(kept), axis)
 
     return jax.tree.map_with_path(drop, params)
 

@@ -92,7 +92,12 @@ def choose_heads(
 
 
 def query_norms(q: Float[Array, "B T E H"]) -> Float[Array, "B T E"]:
-    """The logits of E >= 2 routed heads by their queries, with deviation 1, in float32."""
+    """The logits of E routed heads by their queries, with deviation 1, in float32.
+
+    Raises ValueError for a single head, which has no deviation.
+    """
+    if (E := q.shape[2]) < 2:
+        raise ValueError(f"{E} routed heads must be at least 2 to choose by their queries")
     norm = jnp.sqrt((q.astype(jnp.float32) ** 2).sum(-1) + 1e-12)  # a finite gradient at 0
     return norm / jnp.sqrt(norm.var(-1, ddof=1, keepdims=True) + 1e-12)
 
@@ -130,8 +135,7 @@ class MoH(attention.KeyValueAttention):
     ) -> tuple[decode.KVCache, Float[Array, "B T D"]]:
         """The next T tokens, each of which sees those before it and itself."""
         q, k, v = self._project(x, state.length + jnp.arange(x.shape[1]))
-        cache = state.append(k, v)
-        at = dict(mask=masks.Causal())
+        cache, at = state.append(k, v), dict(mask=masks.Causal(), q_offset=state.length)
         return cache, self._attend(x, q, cache.k, cache.v, **at)
 
     def _attend(self, x, q, k, v, **options):

@@ -92,7 +92,8 @@ def choose_tokens(
 
 def _sparse(x, at, qkv, base, mask):
     """Outputs (B E C H) of heads for their tokens x (B E C D) at positions `at` (B E C)."""
-    leaves, tree = jax.tree.flatten(mask)  # each (B, T)
+    leaves, tree = jax.tree.flatten(mask)  # each (B or 1, T)
+    leaves = [jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])) for leaf in leaves]
 
     def head(x, at, qkv, leaves):
         q, k, v = _project(x[None], qkv[None], at, base)

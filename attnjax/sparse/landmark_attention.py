@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from attnjax.core import attention, masks, registry
 from attnjax.core.registry import Claim
+from attnjax.ops import best_blocks
 from attnjax.ops import dot_product_attention as ops
 from attnjax.ops import selected_block_attention as blocks
 
@@ -65,7 +66,7 @@ def landmark_attention(
         return o.astype(v.dtype)
     usable = seen[:, block - 1 :: block] & blocks.cut(words, block)[:, :L].any(2)
     at = (q_offset + jnp.arange(q.shape[1])) // block
-    chosen = _retrieve(*jax.lax.stop_gradient((q, marks)), usable, at, min(topk or L, L), block)
+    chosen = best_blocks.best_blocks(q, marks, usable, at, count=topk or L, own=False)
     gate = _scores(q, marks, usable, at, chosen)
     x = jnp.concatenate([lse[..., None], gate], -1)
     share = jax.nn.softmax(jnp.maximum(x, -1e30), -1)  # all may be -inf, which gives NaN
@@ -95,23 +96,6 @@ def _own_block(q, k, v, words, block, start):
     pieces = jax.vmap(attend, 1, 1)(place, keys(k), keys(v.astype(jnp.float32)), keys(words))
     join = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
     return [jax.lax.dynamic_slice_in_dim(join(x), shift, T, 1) for x in pieces]
-
-
-def _retrieve(q, marks, usable, at, topk, chunk):
-    """Earlier blocks (B T N A) of highest score for queries q (B T N H) in the blocks `at` (T).
-
-    A chunk of queries is taken at a time: the scores of all are T S / C numbers.
-    """
-    (B, T, N, H), (L, K) = q.shape, marks.shape[1:3]
-
-    def of_query(x):
-        q, at = x
-        q = q.reshape(B, K, N // K, H).astype(jnp.float32)
-        past = usable[:, None, None] & (jnp.arange(L) < at)[None, None, None]
-        score = jnp.where(past, jnp.einsum("BKGH,BLKH->BKGL", q, marks), -jnp.inf)
-        return jax.lax.top_k(score, topk)[1].reshape(B, N, topk)
-
-    return jax.lax.map(of_query, (q.swapaxes(0, 1), at), batch_size=min(chunk, T)).swapaxes(0, 1)
 
 
 def _scores(q, marks, usable, at, chosen):

@@ -24,7 +24,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -46,8 +45,7 @@ def res_vmamba(
 
     Raises ValueError for weights that don't fit each other.
     """
-    y = ops.cross_scan(u[..., None, :], select, widen, bias, log_rate, skip)
-    return y.astype(jnp.float32).sum((3, 4)).astype(u.dtype)
+    return ops.ss2d(u, select, widen, bias, log_rate, skip)
 
 
 class ResVmamba(nn.Module):
@@ -86,26 +84,7 @@ def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
 
 
 def _oracle(u, select, widen, bias, log_rate, skip):
-    turned = lambda image: image.swapaxes(1, 2)
-    total, (R, M) = 0, (widen.shape[1], log_rate.shape[2])
-    for j in range(4):
-        image = turned(u) if j % 2 else u
-        line = image.reshape(u.shape[0], -1, u.shape[-1])
-        line = line[:, ::-1] if j >= 2 else line
-
-        def step(h, x, j=j):
-            chosen = x @ select[j]
-            r, b, c = chosen[:, :R], chosen[:, R : R + M], chosen[:, R + M :]
-            delta = jnp.logaddexp(r @ widen[j] + bias[None, j], 0)[..., None]
-            decay = jnp.exp(delta * -jnp.exp(log_rate[None, j]))
-            h = decay * h + delta * x[..., None] * b[:, None]
-            return h, jnp.einsum("BHM,BM->BH", h, c) + skip[None, j] * x
-
-        h = jnp.zeros((*line[:, 0].shape, M), u.dtype)
-        y = jax.lax.scan(step, h, line.swapaxes(0, 1))[1].swapaxes(0, 1)
-        y = (y[:, ::-1] if j >= 2 else y).reshape(image.shape)
-        total = total + (turned(y) if j % 2 else y)
-    return total
+    return ops.slow_ss2d(u, select, widen, bias, log_rate, skip)
 
 
 SPEC = registry.Mechanism(

@@ -27,14 +27,14 @@ def attend(state, q, k, v, log_decay, beta, start):
         beta = beta.astype(jnp.float32)
         stored = _weights(k, k, g, past & (s < t))
         v = beta * (v - (k * seen) @ state)
-        v = _solve(beta * stored, v)
+        v = solve(beta * stored, v)
     out = (q * seen) @ state + _weights(q, k, g, past) @ v
     left = jnp.where(t >= last, jnp.exp(g[-1:] - g), 0.0)
     kept = jnp.where(last < 0, jnp.exp(g[-1]), 0.0)
     return kept[:, None] * state + (k * left).T @ v, out
 
 
-def _solve(lower, v):
+def solve(lower, v):
     """x of (I + lower) x = v, where lower (C C) is zero on and above its diagonal.
 
     Blocks of 1, 2, 4, ... rows are inverted, two at a time: [[A, 0], [B, D]] has the inverse

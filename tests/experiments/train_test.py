@@ -40,6 +40,20 @@ def test_a_finished_run_does_nothing_more(uninterrupted, capsys):
     assert before == runs.parameters(uninterrupted)
 
 
+def test_a_run_ends_at_its_target_and_stays_there(tmp_path):
+    config = runs.tiny(tmp_path, target=0.0)
+    for _ in range(2):
+        assert train.train(config) == 0
+        assert runs.metrics(tmp_path)[-1]["step"] == config.eval_every < config.steps
+        assert runs.parameters(tmp_path)[0] == str(config.eval_every)
+
+
+def test_lines_before_the_first_checkpoint_are_written_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    assert train.train(runs.tiny(tmp_path, steps=1)) == 0
+    assert [line["step"] for line in runs.metrics(tmp_path)] == [1, 1]  # training, test
+
+
 def start(path):
     code = f"from tests.experiments import runs; runs.main({str(path)!r})"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -76,6 +76,20 @@ def test_each_route_is_a_scan_in_its_order_with_its_weights():
     chex.assert_trees_all_close(*run(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["raster", "snake"])
+def test_sum_of_routes_is_the_slow_sum(pattern):
+    args = inputs(3, 4)
+    u, *weights = args.pop("x")[..., 0, :], *args.values()
+
+    @jax.jit
+    def run():
+        return ops.ss2d(u, *weights, pattern=pattern), ops.slow_ss2d(
+            u, *weights, snake=pattern == "snake"
+        )
+
+    chex.assert_trees_all_close(*run(), rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_raises():
     with pytest.raises(ValueError, match=r"patterns=\('raster',\) must be as many as the 2 heads"):
         ops.cross_scan(**inputs(2, 2, N=2))

@@ -45,14 +45,14 @@ def test_chooses_for_each_token_and_head_by_its_equation():
         chex.assert_trees_all_close(actual, expected(n), rtol=1e-5, atol=1e-5)
 
 
-def test_padding_adds_nothing_but_time_passes():
-    args, valid = inputs(), jnp.ones((B, T), bool).at[:, 3].set(False)
-    delta, b, c = ops.choose(args["x"], args["select"], args["widen"], args["bias"])
-    rest = delta, -jnp.exp(args["log_rate"]), b, c, args["skip"]
-    empty = args["x"].at[:, 3].set(0)
-    mask = masks.Valid(valid) & masks.Causal()
-    actual = ops.selective_scan(args["x"], *rest, mask=mask)
-    chex.assert_trees_all_equal(actual, ops.selective_scan(empty, *rest))
+def test_padding_changes_nothing():
+    args = inputs()
+    mask = masks.Valid(jnp.ones((B, T), bool).at[:, 3].set(False)) & masks.Causal()
+    without = args | dict(x=jnp.delete(args["x"], 3, 1))
+    run = jax.jit(lambda: (ops.selected_scan(**args, mask=mask), ops.selected_scan(**without)))
+    (y, state), (expected, expected_state) = run()
+    chex.assert_trees_all_close(jnp.delete(y, 3, 1), expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
 def test_segments_are_sequences_of_their_own():
@@ -69,6 +69,28 @@ def test_segments_are_sequences_of_their_own():
         return packed, (jnp.concatenate([first, second], 1), last)
 
     chex.assert_trees_all_close(*run(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [[], [5]], ids=["one document", "two"])
+def test_carry_is_what_is_left_of_an_initial_state(changes):
+    args = inputs()
+    delta, b, c = ops.choose(*(args[name] for name in ("x", "select", "widen", "bias")))
+    rate = -jnp.exp(args["log_rate"])
+    ids = jnp.cumsum(jnp.isin(jnp.arange(T), jnp.array(changes, int)))
+    valid = jnp.ones((B, T), bool).at[0, 3].set(False)
+    mask = masks.Segments(jnp.stack([ids, 0 * ids])) & masks.Valid(valid)
+    initial = jax.random.normal(KEY, (B, N, H, M))
+
+    @jax.jit
+    def run():
+        final = lambda state: ops.selective_scan(
+            args["x"], delta, rate, b, c, args["skip"], mask=mask, initial_state=state
+        )[1]
+        return ops.carry(delta, rate, mask=mask) * initial, final(initial) - final(0 * initial)
+
+    actual, expected = run()
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert bool(actual[0].any()) == (not changes) and actual[1].any()
 
 
 def test_what_cannot_be_honoured_raises():

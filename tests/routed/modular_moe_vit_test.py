@@ -89,6 +89,8 @@ def test_experts_that_a_task_never_chooses_can_be_dropped():
     assert jnp.abs(small(1) - large(1)).max() > 1e-3
     with pytest.raises(ValueError, match="must not name an expert twice"):
         lib.drop_experts(smaller, [1, 1])
+    with pytest.raises(ValueError, match=r"kept=\[0, 2\] must be among the 2 experts"):
+        lib.drop_experts(smaller, [0, 2])
 
 
 # ---- the loss ----

@@ -135,6 +135,8 @@ def test_wrong_options():
         lib.moh(q, k, v, *logits(E=4))
     with pytest.raises(ValueError, match="num_shared=4 must be 1 to num_heads - 1 = 3"):
         lib.MoH(N, H, num_shared=4).init(KEY, x)
+    with pytest.raises(ValueError, match="1 routed heads must be at least 2"):
+        lib.MoH(N, H, num_shared=3, topk=1, logits="query_norm").init(KEY, x)
     with pytest.raises(ValueError, match="weights='hard' must be one of"):
         # users run without the annotations' checks
         inspect.unwrap(lib.choose_heads)(*logits(), topk=2, weights="hard")

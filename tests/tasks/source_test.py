@@ -13,14 +13,16 @@ from attnjax.tasks import (
     icl_regression,
     induction,
     loading,
+    lra_listops,
     mqar,
     shapes,
     source,
     source_text,
 )
 
-GENERATED = (mqar.Mqar, copy.Copy, induction.Induction, icl_regression.IclRegression, shapes.Shapes)
-TOKENS = (mqar.Mqar, copy.Copy, induction.Induction, source_text.SourceText)
+TOKEN_GENERATORS = (mqar.Mqar, copy.Copy, induction.Induction, lra_listops.LraListops)
+GENERATED = (*TOKEN_GENERATORS, icl_regression.IclRegression, shapes.Shapes)
+TOKENS = (*TOKEN_GENERATORS, source_text.SourceText)
 
 _IN_A_NEW_PROCESS = """
 import json, sys

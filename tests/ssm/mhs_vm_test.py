@@ -1,0 +1,83 @@
+"""Only what is particular to MHS-VM: what scan route attention does, and what heads cost."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core import selection
+from attnjax.ssm import mhs_vm as lib
+
+KEY = jax.random.key(0)
+
+
+def weight(y, **options):
+    return lib.scan_route_attention(y, **options) / y.sum(-2)
+
+
+@pytest.mark.parametrize(
+    ("routes", "expected"),
+    [([0, 1, 1, 1], 2 / 3), ([0, 0, 0, 1], 2), ([0, 0, 1, 1], 2 / 3**0.5), ([1, 1, 1, 1], 0)],
+)
+def test_weight_of_routes(routes, expected):
+    y = 10.0 * jnp.array(routes)[:, None] + 3
+    np.testing.assert_allclose(weight(y), [expected], rtol=1e-5)
+
+
+def test_weight_is_between_its_bounds_and_blind_to_scale_and_offset():
+    y = 100 * jax.random.normal(KEY, (1000, 4, 1))
+    a = weight(y)
+    assert (a > 0.666).all() and (a < 2.001).all() and a.min() < 0.7 and a.max() > 1.7
+    chex.assert_trees_all_close(weight(7 * y + 9), a, rtol=1e-3)
+    chex.assert_trees_all_close(weight(y, threshold=0.5), a - 0.5, rtol=1e-3)
+    assert not lib.scan_route_attention(y, threshold=2.0).any()
+
+
+def test_where_routes_agree_output_and_gradient_are_zero():
+    """An image of a single cell with weights in common: all routes are the same."""
+    args = lib.SPEC.example(KEY, 1)
+    args = {
+        name: w if name == "x" else jnp.broadcast_to(w[:1], w.shape) for name, w in args.items()
+    }
+    args["x"] = args["x"][:, :, :1]
+    y, grads = jax.jit(jax.value_and_grad(lambda args: lib.mhs_vm(**args).sum()))(args)
+    assert y == 0
+    for grad in jax.tree.leaves(grads):
+        assert jnp.isfinite(grad).all()
+
+
+def test_heads_do_not_meet_before_the_projection():
+    args = lib.SPEC.example(KEY, 3)
+    run = lambda x: lib.mhs_vm(**args | dict(x=x))[..., 1, :].sum()
+    grad = jax.jit(jax.grad(run))(args["x"])
+    reached = jnp.abs(grad).sum((0, 1, 2, 4)) > 0
+    assert reached.tolist() == [False, True, False]
+
+
+def test_each_pattern_is_its_head_s():
+    """Heads of one pattern in another order are the same heads in that order."""
+    args, order = lib.SPEC.example(KEY, 3), [2, 0, 1]
+    patterns = tuple(lib.PATTERNS[n] for n in order)
+    moved = {
+        name: w[..., order, :] if name == "x" else w.reshape(3, 4, *w.shape[1:])[jnp.array(order)]
+        for name, w in args.items()
+    }
+    moved = {n: w if n == "x" else w.reshape(12, *w.shape[2:]) for n, w in moved.items()}
+    run = jax.jit(lambda: (lib.mhs_vm(**moved, patterns=patterns), lib.mhs_vm(**args)))
+    actual, expected = run()
+    chex.assert_trees_all_close(actual, expected[..., order, :], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_widen_their_steps_with_fewer_weights():
+    """A third of those that a scan of all channels has, as each head chooses for its own third."""
+    x = jnp.zeros((1, 2, 2, 96))
+    heads = jax.eval_shape(lib.MhsVm().init, KEY, x)["params"]["selection"]
+    whole = jax.eval_shape(selection.Selection(4, 96).init, KEY)["params"]
+    size = lambda params: sum(x.size for x in jax.tree.leaves(params))
+    assert 3 * size(heads["widen"]) == size(whole["widen"]) and size(heads) < size(whole)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="D=2 must be at least the 3 heads of patterns="):
+        lib.MhsVm().init(KEY, jnp.zeros((1, 2, 2, 2)))
