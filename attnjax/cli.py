@@ -35,7 +35,18 @@ class Compare:
     """Compare mechanisms trained under one budget, with several seeds."""
 
 
-_EXPERIMENTS = {"train": Train, "evaluate": Evaluate, "benchmark": Benchmark, "compare": Compare}
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Try out what a paper claims, at the size of this machine."""
+
+
+_EXPERIMENTS = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "benchmark": Benchmark,
+    "compare": Compare,
+    "reproduce": Reproduce,
+}
 _COMMANDS = {
     "list": commands.List,
     "show": commands.Show,

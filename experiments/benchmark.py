@@ -1,9 +1,11 @@
-"""Time exact attention on this machine's CPU: ours, jax.nn's, PyTorch's, and the dense form.
+"""Time exact attention on this machine's CPU, or see how every mechanism scales with the length.
 
     attnjax benchmark attention --torch-python ~/torch/bin/python
+    attnjax benchmark scaling --mechanisms gqa retention
 
-All see the same shapes (batch 1, float32) and take turns, so that whatever else the machine does
-falls on each alike: judge by the ratios. Writes JSON, and a plot beside it.
+`attention` is ours, jax.nn's, PyTorch's, and the dense form. All see the same shapes (batch 1,
+float32) and take turns, so that whatever else the machine does falls on each alike: judge by the
+ratios. Writes JSON, and a plot beside it. `scaling` is in experiments/scaling.py.
 """
 
 import contextlib
@@ -17,9 +19,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import Literal
 
-from experiments import benchmark_results
+from experiments import benchmark_results, scaling
 from experiments import config as configs
 
 OURS = "blocked"
@@ -27,10 +28,8 @@ OURS = "blocked"
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Medians of interleaved runs."""
+    """Exact attention of several libraries: medians of interleaved runs."""
 
-    what: Literal["attention"]
-    """The operation."""
     lengths: tuple[int, ...] = (256, 512, 1024, 4096, 8192)
     """Queries, and as many keys."""
     head_dims: tuple[int, ...] = (64, 128)
@@ -67,15 +66,20 @@ class Case:
 
 
 def main(argv=None) -> int:
-    """Measures, prints a table and writes the files; 0, or 2 where torch_python has no torch."""
+    """Measures, prints a table and writes the files.
+
+    Gives 0; 1 where a mechanism belies its claim; 2 for a wrong name or a torch_python without it.
+    """
     import tyro
 
-    config = tyro.cli(
-        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Benchmark),
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"attention": Benchmark, "scaling": scaling.Scaling},
         prog="attnjax benchmark",
         description=__doc__,
         args=sys.argv[1:] if argv is None else argv,
     )
+    if isinstance(config, scaling.Scaling):
+        return scaling.run(config)
     if config.quick:
         config = dataclasses.replace(config, lengths=(64, 256), runs=2, seconds=0.0)
     try:

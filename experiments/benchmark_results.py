@@ -25,11 +25,10 @@ def write(config, results, torch_version, *, ours):
         for case, times in results.items()
     ]
     show(results, rows)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     settings = {name: value for name, value in vars(config).items() if "torch_python" not in name}
     page = {
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **versions, "torch": torch_version},
+        "versions": versions() | {"torch": torch_version},
         "config": settings | {"out": config.out.name, "dtype": "float32", "batch": 1},
         "cases": rows,
     }
@@ -49,6 +48,13 @@ def machine():
         "cores": os.cpu_count(),
         "platform": platform.platform(),
     }
+
+
+def versions():
+    """Of Python and the libraries that decide about speed."""
+    names = ("jax", "jaxlib", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
 
 
 def show(results, rows):

@@ -2,7 +2,7 @@
 
 What a mechanism has more or less than another is given to the MLPs: their width changes, and
 features, heads and so the sizes of decode states stay those of the config. Only where the MLPs
-would become narrower than the model is the whole model made narrower.
+would have less than half of the config's width is the whole model made narrower.
 """
 
 import dataclasses
@@ -26,26 +26,35 @@ def fit(config, wanted: int, *, tolerance: float):
 
     Raises ValueError where no width comes within `tolerance`, a share of `wanted`.
     """
-    _, options = registry.parse_call(config.model)
-    widths = range(options["features"], 0, -2 * options["num_heads"])  # even, for rotations
-    fitting = filter(None, (_with_mlps(config, features, wanted) for features in widths))
-    fitted = next(fitting, None)
-    if fitted is None or abs(parameters(fitted) - wanted) > tolerance * wanted:
-        raise ValueError(
-            f"{config.mixers[0]} has no width with {wanted:,} parameters within {tolerance:.1%}: "
-            "choose other parameters or tolerance"
-        )
-    return fitted
-
-
-def _with_mlps(config, features, wanted):
-    """The config so wide, with MLPs that make up the rest; None where those would be narrower."""
-    wide = lambda F: dataclasses.replace(
-        config, model=configs.changed(config.model, features=features, mlp_ratio=F / features)
+    model = _model(config)
+    least = max(1, round(model.mlp_ratio * model.features / 2))
+    for features in range(model.features, 0, -2 * model.num_heads):  # even head dims, to rotate
+        hidden = _mlp_width(config, features, wanted)
+        if hidden >= least:
+            fitted = _wide(config, features, hidden)
+            if abs(parameters(fitted) - wanted) <= tolerance * wanted:
+                return fitted
+    raise ValueError(
+        f"{config.mixers[0]} has no width with {wanted:,} parameters within {tolerance:.1%}: "
+        "choose other parameters or tolerance"
     )
-    least, more = parameters(wide(features)), parameters(wide(2 * features))
-    F = features + round((wanted - least) * features / (more - least))  # the count is linear in F
-    return None if features > F else wide(F)
+
+
+def _wide(config, features, hidden):
+    """The config with so many features, and `hidden` in its MLPs."""
+    model = configs.changed(config.model, features=features, mlp_ratio=hidden / features)
+    return dataclasses.replace(config, model=model)
+
+
+def _mlp_width(config, features, wanted) -> int:
+    """What brings a model closest to `wanted` parameters: each unit adds as many as another."""
+    one, two = (parameters(_wide(config, features, hidden)) for hidden in (1, 2))
+    return 1 + round((wanted - one) / (two - one))
+
+
+def _model(config):
+    _, source = configs.make_task(config.task, "train")
+    return learning.make_model(learning.model_description(config, source))
 
 
 def state_bytes(config) -> int | None:
@@ -54,7 +63,6 @@ def state_bytes(config) -> int | None:
     if not all(registry.Claim.STREAMABLE in record.claims for record in records):
         return None
     _, source = configs.make_task(config.task, "train")
-    model = learning.make_model(learning.model_description(config, source))
-    start = functools.partial(model.init_with_output, method="init_state")
+    start = functools.partial(_model(config).init_with_output, method="init_state")
     size = 1, len(source[0]["inputs"])
     return dry_run.bytes_per_device(jax.eval_shape(lambda: start(jax.random.key(0), *size)[0]))

@@ -82,23 +82,14 @@ def compare(wanted: Compare) -> pathlib.Path:
     import rich.console
     import rich.progress
 
-    from experiments import budget, cells, comparison_plan, comparison_report, run_directory
+    from experiments import cells, comparison_plan, comparison_report, run_directory
 
     console = rich.console.Console(soft_wrap=True)
     root = pathlib.Path(wanted.directory or f"runs/compare/{wanted.task.partition('(')[0]}")
     with console.status("finding equal widths"):
         plan = comparison_plan.make(wanted)
-    rows = [
-        {
-            "mechanism": config.mixers[0],
-            "model": config.model,
-            "parameters": budget.parameters(config),
-            "state_bytes": budget.state_bytes(config),
-            "cells": [],
-            "costs": [],
-        }
-        for config in plan.models
-    ]
+        rows = [_row(config) for config in plan.models]
+    # seed by seed, so that a stopped comparison has something of every mechanism
     jobs = list(itertools.product(range(wanted.seeds), zip(plan.models, rows, strict=True)))
     for number, (seed, (config, row)) in enumerate(jobs, 1):
         console.rule(f"{number} of {len(jobs)}: {config.mixers[0]}, seed {seed}")
@@ -112,6 +103,20 @@ def compare(wanted: Compare) -> pathlib.Path:
     page = comparison_report.write(root, results)
     console.print(f"report: {page}")
     return page
+
+
+def _row(config) -> dict:
+    """What is known of a mechanism's model before it is trained."""
+    from experiments import budget
+
+    return {
+        "mechanism": config.mixers[0],
+        "model": config.model,
+        "parameters": budget.parameters(config),
+        "state_bytes": budget.state_bytes(config),
+        "cells": [],
+        "costs": [],
+    }
 
 
 if __name__ == "__main__":

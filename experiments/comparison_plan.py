@@ -30,7 +30,8 @@ def make(wanted) -> Plan:
     models = [dataclasses.replace(base, mixers=(text,)) for text in wanted.mechanisms]
     for config in at_lengths(models[0], wanted.lengths):
         placement.make_mesh(config)
-    parameters = wanted.parameters or budget.parameters(models[0])
+    first = budget.parameters(models[0])
+    parameters = first if wanted.parameters is None else wanted.parameters
     fitted = [budget.fit(config, parameters, tolerance=wanted.tolerance) for config in models]
     shared = ("task", "model", "steps", "batch_size", "learning_rate", "target", "eval_every")
     settings = {name: getattr(base, name) for name in shared}

@@ -1,7 +1,8 @@
 r"""Lightning Attention-2: linear attention with a fixed decay per head, tile by tile.
 
 Paper: Qin et al., "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in
-Large Language Models", arXiv:2401.04658, section 3.
+Large Language Models", arXiv:2401.04658, section 3. The same operation in Qin et al., "Various
+Lengths, Constant Speed" (TNL), arXiv:2405.17381, and MiniMax, "MiniMax-01", arXiv:2501.08313.
 
     o_t  = sum_{s <= t} lambda^(t - s) (q_t . k_s) v_s                  parallel form
     S_t  = lambda S_{t-1} + k_t v_t^T,          o_t = S_t^T q_t         recurrent form
@@ -10,10 +11,16 @@ Large Language Models", arXiv:2401.04658, section 3.
 
 Within the module: q, k = silu(projections of x), y = P_o (rms_norm(o) * sigmoid(gate)).
 
+TNL, whose whole layer is `linear_recurrent.transnormerllm`, shows that a token costs the same in a
+sequence of any length. MiniMax-01 puts softmax attention after each seven of these layers: in a
+model, mixers=["lightning_attention_2"] * 7 + ["gqa(num_kv_heads=8)"]; its devices pass on states
+as `parallel.pass_state` does.
+
 Shapes: B batch, T time, N heads, H key dim, V value dim, D model dim, C chunk.
 Unlike the paper: lambda is exp(-slope) with ALiBi's slopes, that shrink with depth by the factor
 1 - layer / num_layers; there is no rotation in the first layer (compose with `core.positions`);
-masks, packed documents and an initial state are honoured.
+masks, packed documents and an initial state are honoured. MiniMax-01's silu of v and its experts
+are left out.
 """
 
 from collections.abc import Callable
@@ -142,7 +149,7 @@ SPEC = registry.Mechanism(
     fn=lightning_attention_2,
     module=LightningAttention2,
     small=dict(num_heads=4, head_dim=8),
-    papers=("lightning-attention-2",),
+    papers=("lightning-attention-2", "lightning-attention-tnl", "minimax-01"),
     example=_example,
     oracle=_oracle,
     variants=({}, dict(mask=masks.Causal()), dict(return_state=True)),

@@ -9,10 +9,10 @@ Paper: Behrouz et al., "Titans: Learning to Memorize at Test Time", arXiv:2501.0
     q, k = unit(silu(conv(x P))),  v = unit(silu(conv(x P_v)))
     theta, eta, alpha = sigmoid(x P + bias),  y = P_o (rms_norm(o) * silu(P_g x))
 
-The gradient is at the memory before the chunk of token t, as in section 3.2; with chunk=1 that is
-M_{t-1}, as in section 3.1. Then a linear memory (depth 1) without momentum and forgetting is
-DeltaNet with beta = theta, and tokens of it are still computed together, without approximation
-(`ops.neural_memory`); a deep one goes token by token.
+The gradient is at the memory before the chunk of token t, as in section 3.2: all of a chunk's are
+found at once. With chunk=1 it is at M_{t-1}, as in section 3.1: a deep memory goes token by token,
+while tokens of a linear one (depth 1) are still taken together, exactly (`ops.neural_memory`); it
+is DeltaNet with beta = theta where it has neither momentum nor forgetting.
 
 Shapes: B batch, T time, N heads, H head dim of keys and values, D model dim, L depth of the memory;
 conv is causal and short, for each channel by itself, and its last tokens are a part of the state.
@@ -140,17 +140,11 @@ class Titans(nn.Module):
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
     keys = jax.random.split(key, 3)
-    q, k, v = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in _normal(keys[0], T))
+    q, k, v = unit_vectors.unit(jax.random.normal(keys[0], (3, 2, T, 2, 4)))
     gates = jax.random.uniform(keys[1], (3, 2, T, 2), minval=0.1, maxval=0.9)
-    rate, log_momentum, log_keep = gates[0], jnp.log(gates[1]), jnp.log(gates[2])
+    logs = dict(log_momentum=jnp.log(gates[1]), log_keep=jnp.log(gates[2]))
     memory = jax.random.normal(keys[2], (2, 2, 4, 4)) / 2
-    return dict(
-        q=q, k=k, v=v, rate=rate, log_momentum=log_momentum, log_keep=log_keep, memory=memory
-    )
-
-
-def _normal(key, T):
-    return jax.random.normal(key, (3, 2, T, 2, 4))
+    return dict(q=q, k=k, v=v, rate=gates[0], memory=memory) | logs
 
 
 def _oracle(q, k, v, rate, log_momentum, log_keep, memory, *, chunk=1):

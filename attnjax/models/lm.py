@@ -47,7 +47,9 @@ class LM(backbone.Backbone, kw_only=True):
         backbone.require(self.mixers, causal, "a causal mechanism of sequences, as a lm needs")
         self.embed = nn.Embed(self.vocab_size, self.features, dtype=self.dtype)
         if self.max_length is not None:
-            self.place = layers.Table((self.max_length, self.features))
+            # as large as an embedding, else what a token is drowns where it stands
+            like_embedding = nn.initializers.normal(self.features**-0.5)
+            self.place = layers.Table((self.max_length, self.features), like_embedding)
         self._build_blocks()
         self.norm = nn.RMSNorm(dtype=self.dtype)
         if not self.tie_embeddings:

@@ -8,7 +8,8 @@ The gradient is taken at M as it was before the chunk that token t is in: with c
 that is M_{t-1}, and with larger ones all of a chunk's gradients are found at once. In a linear
 memory the M_{t-1} of many tokens are found at once too, by a triangular system, since
 
-    M_t = kept_t M_0 + moved_t S_0 + sum_{r <= t} write_tr k_r u_r^T,   u_r = rate_r (v_r - M_{r-1}^T k_r)
+    M_t = kept_t M_0 + moved_t S_0 + sum_{r <= t} write_tr k_r u_r^T
+    u_r = rate_r (v_r - M_{r-1}^T k_r)
 
 with `write` the product of two triangles of decays, of the memory and of the momentum. Source:
 Behrouz et al., "Titans: Learning to Memorize at Test Time", arXiv:2501.00663, sections 3.1 and 3.2.
@@ -69,26 +70,34 @@ def neural_memory(
     T, L = q.shape[1], state.weights.shape[2]
     if chunk < 1 or T == 0:
         raise ValueError(f"{chunk=} and {T=} must be at least 1")
-    exact = L == 1 and chunk == 1
-    size = min(_EXACT, T) if exact else chunk if T > 1 else 1
-    start = 0 if exact else state.length % size  # tokens of its first chunk that came earlier
-    count = -(-T // size) if size == 1 or exact else -(-(T + size - 1) // size)
     rates = [x[..., None] for x in (rate, log_momentum, log_keep)]
-    arrays = (q, k, v, *rates, _seen(mask, k, by))
-    tokens = [_cut(x, start, count, size) for x in arrays]
-    heads = jax.vmap(jax.vmap(_exact if exact else _frozen))
+    tokens = (q, k, v, *rates, _seen(mask, k, by))
+    if L == 1 and chunk == 1:
+        o, state = _scan(_exact, tokens, state, chunk, min(_EXACT, T), 0)
+    else:
+        size = chunk if T > 1 else 1
+        o, state = _scan(_frozen, tokens, state, chunk, size, state.length % size)
+    return o.astype(v.dtype), state
+
+
+def _scan(body, tokens, state, chunk, size, start):
+    """(outputs, state) by `size` tokens at once, of which `start` came before these."""
+    B, T, *rest = tokens[0].shape
+    spare = 0 if isinstance(start, int) else size - 1  # where it is traced it may be any
+    cut = [_cut(x, start, -(-(T + spare) // size), size) for x in tokens]
+    heads, last = jax.vmap(jax.vmap(body)), state.length + T
 
     @jax.checkpoint
     def step(carry, x):
-        *memory, o = heads(*carry, *x[1:])
-        begins = (x[0] % chunk == 0) & (x[0] <= state.length + T)  # here, after these tokens
-        return (*memory, jnp.where(begins, memory[0], carry[2])), o
+        end, *x = x
+        weights, momentum, o = heads(*carry, *x)
+        begins = (end % chunk == 0) & (end <= last)  # a chunk, after these tokens
+        return (weights, momentum, jnp.where(begins, weights, carry[2])), o
 
-    ends = state.length - start + size * jnp.arange(1, count + 1)
-    carry, o = jax.lax.scan(step, tuple(state[:3]), (ends, *tokens))
-    o = o.transpose(1, 0, 3, 2, 4).reshape(q.shape[0], -1, *q.shape[2:])
-    o = jax.lax.dynamic_slice_in_dim(o, start, T, 1)
-    return o.astype(v.dtype), State(*carry, state.length + T)
+    ends = state.length - start + size * jnp.arange(1, len(cut[0]) + 1)
+    carry, o = jax.lax.scan(step, tuple(state[:3]), (ends, *cut))
+    o = o.transpose(1, 0, 3, 2, 4).reshape(B, -1, *rest)
+    return jax.lax.dynamic_slice_in_dim(o, start, T, 1), State(*carry, last)
 
 
 def _seen(mask, k, by):

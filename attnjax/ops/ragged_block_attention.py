@@ -46,7 +46,7 @@ def ragged_block_attention(
 class Tiles(NamedTuple):
     """Tiles of queries, in the order of heads and, for each, of blocks."""
 
-    order: Int[Array, "U L T"]  # queries, those that chose the block first
+    order: Int[Array, "U L T"]  # queries that chose a block, one after the other
     count: Int[Array, "U L"]  # how many did
     end: Int[Array, "UL"]  # tiles up to this head and block, with its own
     width: Int[Array, "X"]  # 0 to X - 1
@@ -68,10 +68,12 @@ class Tiles(NamedTuple):
 
 def lay(chosen: Bool[Array, "U T L"], width: int) -> Tiles:
     """The tiles of `width` queries that a choice needs."""
+    u, i, t = jnp.indices((len(chosen), chosen.shape[2], chosen.shape[1]), sparse=True)
     chosen = chosen.swapaxes(1, 2)
-    count = chosen.sum(-1)
-    end = jnp.cumsum(-(-count // width).reshape(-1))
-    return Tiles(jnp.argsort(~chosen, stable=True), count, end, jnp.arange(width))
+    at = jnp.cumsum(chosen, -1)  # counts from 1; a query that didn't choose goes nowhere
+    order = jnp.zeros_like(at).at[u, i, jnp.where(chosen, at - 1, t.size)].set(t, mode="drop")
+    end = jnp.cumsum(-(-at[..., -1] // width).reshape(-1))
+    return Tiles(order, at[..., -1], end, jnp.arange(width))
 
 
 @jax.custom_vjp

@@ -8,8 +8,8 @@ the cross-track transformer, both read from the authors' code.
     x_ts = S_ij q_t . k_s / sqrt(H)                         token t of bar i, token s of bar j
     o_t  = sum_s softmax_s(x_ts) v_s
 
-The norm of a row has a mean near 0 before training scales it, so that the scores of bars that are
-unlike are turned round. A piece is a few tracks, each a sequence of its own, so here B counts
+A row of S has the mean 0, until training moves it: the scores of bars that are unlike change their
+sign. A piece is a few tracks, each a sequence of its own, so here B counts
 tracks. They come together between two stacks of layers, in the tokens with which bars begin
 (`CrossTracks`): of one bar, those of all tracks attend to each other, by linear attention.
 

@@ -32,7 +32,7 @@ from attnjax.core import attention, layers, masks, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import dot_product_attention as ops
 
-_CHUNK = 64  # queries at least, so that a small window doesn't make many steps
+_CHUNK = 64  # queries taken at a time
 
 
 def dma(
@@ -59,7 +59,7 @@ def dma(
     _, valid = masks.select(mask, masks.Causal, masks.Valid, by="dma")
     seen = functools.reduce(jnp.logical_and, (x.keys for x in valid), jnp.ones(k.shape[:2], bool))
     score = jnp.where(seen[..., None], score.astype(jnp.float32), -jnp.inf)
-    C, W = min(T, max(window, _CHUNK)), min(window, S)
+    C, W = min(T, _CHUNK), min(window, S)
     pad = lambda x, fill=0: jnp.pad(
         x, [(0, 0), (0, -T % C)] + [(0, 0)] * (x.ndim - 2), constant_values=fill
     )
@@ -115,8 +115,9 @@ def _chunk(k, v, score, W, q, start, kept: Kept):
     bias = jnp.where(rank > -jnp.inf, score[place(at)], 0.0)
 
     def head(q, k, v, seen, bias):
-        mask, bias = masks.Dense(seen[:, None]), bias[:, None, None]
-        return ops.dot_product_attention(q, k[:, :, None], v[:, :, None], mask=mask, bias=bias)
+        options = dict(mask=masks.Dense(seen[:, None]), bias=bias[:, None, None])
+        k, v = k[:, :, None], v[:, :, None]
+        return ops.dot_product_attention(q, k, v, implementation="dense", **options)
 
     q, k, v = q.reshape(B, C, K, N // K, H), k[place(at)], v[place(at)].astype(jnp.float32)
     o = jax.vmap(head, (2, 2, 2, 3, 2), 2)(q, k, v, seen, bias)

@@ -15,8 +15,9 @@ costs what the chosen pairs cost, the gate a product for each query and block.
 
 Shapes: B batch, T one to three axes of a grid, N heads, K kv-heads, H head dim, V value dim,
 D model dim, L blocks, C tokens of a block; below the module's border T is flat.
-Unlike the paper: pairs as similar as the last one are chosen, too; tau of 1 or more takes all blocks, also those whose w is 0; cells at a border
-that are not full have fewer tokens; thresholds of a query or a block alone are left out.
+Unlike the paper: pairs as similar as the last one are chosen, too; tau of 1 or more takes all
+blocks, also those whose w is 0; cells at a border that are not full have fewer tokens; thresholds
+of a query or a block alone are left out.
 """
 
 import functools
@@ -126,7 +127,7 @@ class Vmoba(nn.Module):
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
-    q, k, v = jax.random.normal(key, (3, 2, T, 2, 2, 2, 4))
+    q, k, v = jax.random.normal(key, (3, 2, T, 2, 1, 2, 4))
     return dict(q=q, k=k[..., :1, :], v=v[..., :1, :])
 
 
@@ -161,6 +162,6 @@ SPEC = registry.Mechanism(
     papers=("vmoba",),
     example=_example,
     oracle=_oracle,
-    variants=({}, dict(cell=(4, None, None)), dict(cell=(None, 1, 2), tau=0.6)),
+    variants=({}, dict(cell=(4, None, None)), dict(cell=(None, 1, 1), tau=0.6)),
     claims=frozenset({Claim.DENSE_TWIN}),
 )

@@ -212,6 +212,6 @@ SPEC = registry.Mechanism(
     papers=("lamamba-diff",),
     example=_example,
     oracle=_oracle,
-    variants=({}, dict(shift=3, pattern="raster")),
+    variants=(dict(shift=3, pattern="raster"),),
     claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE}),
 )

@@ -135,6 +135,6 @@ SPEC = registry.Mechanism(
     papers=("mhs-vm",),
     example=_example,
     oracle=_oracle,
-    variants=({}, dict(patterns=("raster", "snake", "spiral"), threshold=1.0)),
+    variants=(dict(patterns=("raster", "snake", "spiral"), threshold=1.0),),
     claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}),
 )

@@ -79,24 +79,26 @@ def safire(
 
 def _fixation(z, text, seen, weights, region):
     """The scans of regions and text from both ends, summed, at the cells (B T H)."""
-    (B, T, H), S = z.shape, text.shape[1]
+    B, T, H = z.shape
     count = -(-T // region)
-    cells = jnp.pad(z, ((0, 0), (0, count * region - T), (0, 0))).reshape(B, count, region, H)
-    real = jnp.broadcast_to(
-        (jnp.arange(count * region) < T).reshape(1, count, region), cells.shape[:3]
-    )
-    texts = jnp.broadcast_to(text[:, None], (B, count, S, H))
-    line = jnp.concatenate([cells, texts], 2).reshape(B, -1, H)
-    seen = jnp.broadcast_to(seen[:, None], (B, count, S))
-    seen = jnp.concatenate([real, seen], 2).reshape(B, -1)
+    end = ((0, 0), (0, count * region - T))
+    line = _interleave(jnp.pad(z, (*end, (0, 0))), text, count)
+    real = _interleave(jnp.pad(jnp.ones((B, T), bool), end), seen, count)
 
-    def scan(line, seen, way):
+    def scan(line, real, way):
         one_head = [w[way][None] for w in weights]
-        y, _ = ops.selected_scan(line[:, :, None], *one_head, mask=masks.Valid(seen), by="safire")
+        y, _ = ops.selected_scan(line[:, :, None], *one_head, mask=masks.Valid(real), by="safire")
         return y[:, :, 0]
 
-    y = scan(line, seen, 0) + scan(line[:, ::-1], seen[:, ::-1], 1)[:, ::-1]
+    y = scan(line, real, 0) + scan(line[:, ::-1], real[:, ::-1], 1)[:, ::-1]
     return y.reshape(B, count, -1, H)[:, :, :region].reshape(B, -1, H)[:, :T]
+
+
+def _interleave(cells, text, count):
+    """(B, cells, ...) and (B S ...) as one line: a region, the text, a region, and so on."""
+    regions = cells.reshape(len(cells), count, -1, *cells.shape[2:])
+    texts = jnp.broadcast_to(text[:, None], (len(text), count, *text.shape[1:]))
+    return jnp.concatenate([regions, texts], 2).reshape(len(cells), -1, *cells.shape[2:])
 
 
 class Safire(nn.Module):
@@ -173,7 +175,7 @@ SPEC = registry.Mechanism(
     papers=("safire",),
     example=_example,
     oracle=_oracle,
-    variants=({}, dict(region=3)),
+    variants=(dict(region=3),),
     claims=frozenset(
         {Claim.MASKABLE, Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}
     ),

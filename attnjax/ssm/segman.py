@@ -154,6 +154,5 @@ SPEC = registry.Mechanism(
     papers=("segman",),
     example=_example,
     oracle=_oracle,
-    variants=({}, dict(window=2)),
     claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE}),
 )

@@ -25,7 +25,7 @@ def attend(state, q, k, v, log_decay, beta, start):
     seen = jnp.where(start < 0, jnp.exp(g), 0.0)  # what each token sees of the state
     if beta is not None:
         beta = beta.astype(jnp.float32)
-        stored = _weights(k, k, g, past & (s < t))
+        stored = _weights(k, k, g, past)
         v = beta * (v - (k * seen) @ state)
         v = solve(beta * stored, v)
     out = (q * seen) @ state + _weights(q, k, g, past) @ v
@@ -35,7 +35,7 @@ def attend(state, q, k, v, log_decay, beta, start):
 
 
 def solve(lower, v):
-    """x of (I + lower) x = v, where lower (C C) is zero on and above its diagonal.
+    """x of (I + lower) x = v; of lower (C C) only what is below its diagonal is read.
 
     Blocks of 1, 2, 4, ... rows are inverted, two at a time: [[A, 0], [B, D]] has the inverse
     [[A', 0], [-D' B A', D']]. Products of matrices alone are fast on any platform, where solvers of

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from attnjax import models
 from attnjax.core import edit, masks, positions
 from attnjax.linear_recurrent import lightning_attention_2 as lib
 from tests import cost
@@ -61,6 +62,21 @@ def test_a_token_costs_the_same_after_any_length():
     shapes = lambda T: jax.eval_shape(lambda: lib.SPEC.example(KEY, T))
     short, long = (cost.operations(run, shapes(T)) / T for T in (1024, 8192))
     assert long <= 1.01 * short
+
+
+def test_seven_in_eight_layers_of_a_hybrid_remember_in_constant_space():
+    """MiniMax-01's stack: what softmax attention keeps of a longer past is an eighth of it all."""
+    mixers = ["lightning_attention_2"] * 7 + ["gqa(num_kv_heads=1)"]
+    sizes = dict(vocab_size=11, features=8, depth=16, num_heads=2, mlp_ratio=1)
+    model = models.create("lm", mixers=mixers, **sizes)
+    params = jax.eval_shape(model.init, KEY, jnp.zeros((1, 4), int))
+    start = lambda length: model.apply({}, 1, length, method="init_state")
+    short, long = (jax.eval_shape(lambda n=n: start(n)).blocks for n in (4, 64))
+    shapes = lambda state: jax.tree.map(lambda x: x.shape, state)
+    grows = [shapes(a) != shapes(b) for a, b in zip(short, long, strict=True)]
+    assert grows == ([False] * 7 + [True]) * 2
+    gated = ["gate" in params["params"][f"block_{i}"]["mixer"] for i in range(16)]
+    assert gated == ([True] * 7 + [False]) * 2
 
 
 def test_carry_is_what_becomes_of_an_initial_state():

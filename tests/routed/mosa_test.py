@@ -81,6 +81,16 @@ def test_the_first_token_can_be_given_to_every_head():
     assert (jnp.diff(chosen, axis=-1) > 0).all()
 
 
+def test_hidden_tokens_that_fill_up_a_head_are_not_read():
+    """Each head takes four tokens, of which only two are seen."""
+    args, at = example(), jnp.array([5, 9])
+    seen = jnp.zeros((1, T), bool).at[:, at].set(True)
+    y = lib.mosa(**args, sparsity=3, mask=masks.Valid(seen))
+    alone = {name: args[name][:, at] for name in ("x", "logits")}
+    expected = lib.mosa(**(args | alone), sparsity=1)
+    chex.assert_trees_all_close(y[:, at], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_at_least_two_tokens_if_there_are_two():
     seen = lambda T: jnp.ones((1, T), bool)
     count = lambda T, sparsity: lib.choose_tokens(

@@ -1,3 +1,5 @@
+"""Only what is particular to AKI; the rest is tests/conformance_test.py."""
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -162,6 +162,12 @@ def test_a_track_that_is_not_there_is_not_met():
     assert jnp.abs(y[:, 0, 0] - without[:, 0, 0]).max() > 1e-3
 
 
+def test_a_bar_knows_its_number():
+    same = jnp.broadcast_to(PIECE[:, :, :1], PIECE.shape)
+    first, second = meet(same)[0, 0, 0], meet(same)[0, 0, 3]
+    assert jnp.abs(first - second).max() > 1e-2
+
+
 def test_the_order_of_tracks_does_not_matter():
     order = jnp.array([2, 0, 1])
     turned = TRACKS.apply(MEET, PIECE[:, order], STARTS[:, order])

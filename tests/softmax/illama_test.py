@@ -1,3 +1,5 @@
+"""Only what is particular to iLLaMA; the rest is tests/conformance_test.py."""
+
 import chex
 import jax
 import jax.numpy as jnp

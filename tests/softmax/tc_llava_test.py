@@ -27,6 +27,8 @@ def weights(times, **options):
 def test_time_goes_on_with_each_token_of_text_and_each_frame():
     np.testing.assert_array_equal(lib.clock(FRAMES), TIMES)
     np.testing.assert_array_equal(lib.clock(jnp.full((1, 4), -1)), jnp.arange(4)[None])
+    numbers = jnp.array([[7, 7, 3, 0, 0]])  # in any order
+    np.testing.assert_array_equal(lib.clock(numbers), jnp.array([[0, 0, 1, 2, 2]]))
 
 
 def test_the_mask_is_that_of_the_paper():

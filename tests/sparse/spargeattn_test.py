@@ -82,7 +82,7 @@ def test_a_mean_that_says_nothing_is_not_trusted():
     """Block 5 holds keys that cancel, among them the one that all queries look for."""
     q, k, _ = clustered()
     loud = jnp.arange(C) - C / 2 + 0.5
-    k = k.at[0, 5 * C : 6 * C, 0].set(2 * loud[:, None] * jnp.ones(L))
+    k = k.at[0, 5 * C : 6 * C, 0].set(2 * jnp.repeat(loud[:, None], L, 1))
     q = q.at[:, : 7 * C].set(20.0)
     assert not select(q, k, tau=0.3, theta=-1.0)[0, 0, :5, 5].any()
     assert select(q, k, tau=0.3, theta=0.5)[0, 0, :, 5].all()

@@ -73,3 +73,15 @@ def test_the_condition_is_of_each_image_and_may_be_withheld():
     y, without = jax.jit(lambda: (module.apply(params, x, condition), module.apply(params, x)))()
     chex.assert_trees_all_close(y[jnp.array([0, 2])], without[:2], rtol=1e-5, atol=1e-5)
     assert jnp.abs(y[1] - without[1]).max() > 1e-2
+
+
+def test_the_module_hands_on_its_options():
+    seen = {}
+
+    def spy(x, *arrays, **options):
+        seen.update(options)
+        return x
+
+    module = lib.LamambaDiff(2, 4, window=3, shift=1, pattern="raster", fn=spy)
+    jax.eval_shape(module.init, KEY, jnp.zeros((1, 2, 2, 8)))
+    assert seen == dict(window=3, shift=1, pattern="raster")

@@ -81,3 +81,15 @@ def test_heads_widen_their_steps_with_fewer_weights():
 def test_options_are_checked():
     with pytest.raises(ValueError, match="D=2 must be at least the 3 heads of patterns="):
         lib.MhsVm().init(KEY, jnp.zeros((1, 2, 2, 2)))
+
+
+def test_the_module_hands_on_its_options():
+    seen = {}
+
+    def spy(x, *arrays, **options):
+        seen.update(options)
+        return x
+
+    module = lib.MhsVm(("raster", "spiral"), 3, threshold=0.7, fn=spy)
+    jax.eval_shape(module.init, KEY, jnp.zeros((1, 2, 2, 8)))
+    assert seen == dict(patterns=("raster", "spiral"), threshold=0.7)

@@ -24,31 +24,36 @@ def off(args, way):
     )
 
 
-def jacobian(args, name):
-    """Which inputs (by token) each cell depends on, in one cycle of regions of 3."""
-    args = {k: a if k in ("x", "text") else a[:1] for k, a in args.items()}
-    run = lambda a: lib.safire(**args | {name: a}, region=3)[0].sum(-1)
-    return jnp.abs(jax.jit(jax.jacrev(run))(args[name])[:, 0]).sum(-1) > 0
+@jax.jit
+def reach(args):
+    """Which cells, and which tokens of the text, each cell depends on: one cycle, regions of 3."""
+    one = {k: a if k in ("x", "text") else a[:1] for k, a in args.items()}
+    run = lambda x, text: lib.safire(**one | dict(x=x, text=text), region=3)[0].sum(-1)
+    by = jax.jacrev(run, (0, 1))(args["x"], args["text"])
+    return [jnp.abs(jacobian[:, 0]).sum(-1) > 0 for jacobian in by]
 
 
 def test_scans_bring_text_and_all_regions_to_each_cell():
-    assert jacobian(REST, "text").all() and jacobian(REST, "x").all()
+    cells, text = reach(REST)
+    assert cells.all() and text.all()
 
 
 def test_a_scan_goes_from_region_to_text_to_region():
-    forward = off(REST, 1)
-    region = jnp.arange(8) // 3
-    chex.assert_trees_all_equal(jacobian(forward, "x"), jnp.tri(8, dtype=bool))
-    seen = jnp.broadcast_to((region > 0)[:, None], (8, 8))  # the first comes before any text
-    chex.assert_trees_all_equal(jacobian(forward, "text"), seen)
-    assert jacobian(off(REST, 0), "text").all()
+    cells, text = reach(off(REST, 1))
+    chex.assert_trees_all_equal(cells, jnp.tri(8, dtype=bool))
+    after = jnp.arange(8) >= 3  # the first region comes before any text
+    chex.assert_trees_all_equal(text, jnp.broadcast_to(after[:, None], (8, 8)))
+    cells, text = reach(off(REST, 0))
+    chex.assert_trees_all_equal(cells, jnp.tri(8, dtype=bool).T)
+    assert text.all()
 
 
 def test_saccade_alone_brings_the_sentence_to_each_cell_and_nothing_else():
     alone = off(off(ARGS, 0), 1)
     alone["skip"] = ARGS["skip"]  # what is left of the scans: each cell by itself
-    assert jacobian(alone, "text").all()
-    chex.assert_trees_all_equal(jacobian(alone, "x"), jnp.eye(8, dtype=bool))
+    cells, text = reach(alone)
+    chex.assert_trees_all_equal(cells, jnp.eye(8, dtype=bool))
+    assert text.all()
 
 
 def test_cycles_follow_each_other():
@@ -75,3 +80,15 @@ def test_what_cannot_be_done_raises():
         inspect.unwrap(lib.safire)(**ARGS, region=0)
     with pytest.raises(NotImplementedError, match="safire can't honour Causal"):
         lib.safire(**ARGS, mask=masks.Causal())
+
+
+def test_the_module_hands_on_its_options():
+    seen = {}
+
+    def spy(x, *arrays, **options):
+        seen.update(options)
+        return x
+
+    module = lib.Safire(region=5, fn=spy)
+    jax.eval_shape(module.init, KEY, jnp.zeros((1, 7, 8)), jnp.zeros((1, 2, 3)))
+    assert seen == dict(region=5, mask=None)

@@ -1,0 +1,183 @@
+"""How time and memory of each mechanism grow with the length, beside what its record claims.
+
+For each mechanism over sequences or grids: its function and the gradient, on its record's example,
+at growing lengths. Memory is what XLA sets aside for the compiled step beside its arguments and
+results; it is exact and needs no run. Time is the fastest of a few runs. An exponent is the slope
+of a least-squares line through the logarithms at the upper lengths: 1 is linear, 2 quadratic.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core import registry
+from attnjax.core.registry import Claim
+from experiments import benchmark_results
+from experiments import config as configs
+
+CLAIMS = {"seconds": Claim.LINEAR_COMPUTE, "bytes": Claim.LINEAR_MEMORY}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Exponents of time and memory; exit code 1 where one is above a claim to be linear."""
+
+    mechanisms: tuple[str, ...] = ()
+    """Names; where there are none, all that map sequences or grids."""
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+    """Lengths of the record's example, growing."""
+    upper: int = 3
+    """An exponent is fitted to so many of the longest."""
+    runs: int = 3
+    """Runs of each, after one that is not counted."""
+    seconds: float = 3.0
+    """A mechanism with a run longer than this gets no longer input."""
+    gigabytes: float = 4.0
+    """A step that needs more memory than this is not run, and none of a longer input compiled."""
+    most: float = 1.15
+    """The largest exponent that a claim to be linear allows."""
+    out: pathlib.Path = configs.ROOT / "docs/benchmarks/scaling_cpu.json"
+    """Where the numbers go."""
+
+    def __post_init__(self):
+        if self.upper < 2 or len(self.lengths) < 2 or list(self.lengths) != sorted(self.lengths):
+            raise ValueError(f"{self.lengths=} must be two or more, growing; {self.upper=} too")
+
+
+def run(config: Scaling) -> int:
+    """Measures, prints a table and writes the file; 1 for a false claim, 2 for a wrong name."""
+    import rich.progress
+
+    try:
+        names = select(config.mechanisms)
+    except ValueError as error:
+        print(f"attnjax benchmark: {error}", file=sys.stderr)
+        return 2
+    rows = []
+    with rich.progress.Progress() as progress:
+        bar = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(bar, description=name)
+            rows.append(judge(name, measure(registry.get(name), config), config))
+            progress.advance(bar)
+    show(rows)
+    write(rows, config)
+    return int(any(row["false_claims"] for row in rows))
+
+
+def select(mechanisms: tuple[str, ...]) -> list[str]:
+    """Full names; ValueError for what is no mechanism over sequences or grids."""
+    records = registry.of_kind(registry.Mechanism)
+    known = [name for name, record in records.items() if record.layout in ("sequence", "grid")]
+    names = [registry.full_name(name) for name in mechanisms] or known
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} must be a mechanism over sequences or grids")
+    return names
+
+
+def measure(record: registry.Mechanism, config: Scaling) -> list[dict]:
+    """{length, bytes, seconds} by length, up to the first that is over a limit.
+
+    Seconds are None where the memory limit forbids to run it.
+    """
+    points = []
+    for length in config.lengths:
+        args = record.example(jax.random.key(0), length)
+        step = jax.jit(_with_gradient(record.fn)).lower(args).compile()
+        size = step.memory_analysis().temp_size_in_bytes
+        fits = size <= config.gigabytes * 1e9
+        seconds = fastest(step, args, config.runs) if fits else None
+        points.append({"length": length, "bytes": size, "seconds": seconds})
+        if seconds is None or seconds > config.seconds:
+            break
+    return points
+
+
+def _with_gradient(fn):
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+
+    def step(args):
+        learned = {name: x for name, x in args.items() if is_float(x)}
+        loss = lambda learned: sum(
+            x.astype(jnp.float32).sum() for x in jax.tree.leaves(fn(**(args | learned)))
+        )
+        return jax.value_and_grad(loss)(learned)
+
+    return step
+
+
+def fastest(step, args, runs: int) -> float:
+    """Seconds of the fastest of `runs` calls, after one that isn't counted."""
+    jax.block_until_ready(step(args))
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(step(args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def exponent(lengths, values, upper: int) -> float | None:
+    """The slope of the last `upper` in logarithms; None where there are fewer than two."""
+    pairs = [(n, max(x, 1e-9)) for n, x in zip(lengths, values, strict=True) if x is not None]
+    pairs = np.log(pairs[-upper:])
+    return float(np.polyfit(*pairs.T, 1)[0]) if len(pairs) > 1 else None
+
+
+def judge(name: str, points: list[dict], config: Scaling) -> dict:
+    """What was measured of a mechanism, its exponents and which claims they belie."""
+    lengths = [point["length"] for point in points]
+    claims = registry.get(name).claims
+    row = {"name": name, "points": points, "exponents": {}, "claims": [], "false_claims": []}
+    for what, claim in CLAIMS.items():
+        found = exponent(lengths, [point[what] for point in points], config.upper)
+        row["exponents"][what] = found
+        if claim in claims:
+            row["claims"].append(claim.name)
+            if found is not None and found > config.most:
+                row["false_claims"].append(claim.name)
+    return row
+
+
+def show(rows: list[dict]):
+    """A line for each mechanism: its exponents, and whether they were claimed to be 1."""
+    import rich.console
+    import rich.table
+
+    columns = ("mechanism", "time exponent", "memory exponent", "longest", "ms", "MB")
+    table = rich.table.Table(*columns, title="exponents (and whether claimed to be linear)")
+    for row in rows:
+        last = row["points"][-1]
+        cells = [_cell(row, what) for what in CLAIMS]
+        seconds = "-" if last["seconds"] is None else f"{1e3 * last['seconds']:.1f}"
+        size = f"{last['bytes'] / 1e6:.1f}"
+        table.add_row(row["name"], *cells, str(last["length"]), seconds, size)
+    rich.console.Console(soft_wrap=True).print(table)
+
+
+def _cell(row, what):
+    found, claim = row["exponents"][what], CLAIMS[what].name
+    text = "-" if found is None else f"{found:.2f}"
+    if claim in row["false_claims"]:
+        return f"[red]{text} (claimed linear: false)[/red]"
+    return f"{text} (claimed linear)" if claim in row["claims"] else text
+
+
+def write(rows: list[dict], config: Scaling):
+    """The JSON file config.out: machine, versions, settings and a row for each mechanism."""
+    page = {
+        "machine": benchmark_results.machine(),
+        "versions": benchmark_results.versions(),
+        "config": vars(config) | {"out": config.out.name},
+        "mechanisms": rows,
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(page, indent=1) + "\n")
+    print(f"wrote {config.out}")
