@@ -68,7 +68,7 @@ class Case:
 def main(argv=None) -> int:
     """Measures, prints a table and writes the files.
 
-    Gives 0; 1 where a mechanism belies its claim; 2 for a wrong name or a torch_python without it.
+    Gives 0; 1 for a false claim; 2 for a wrong name, or a torch_python that has no torch.
     """
     import tyro
 

@@ -28,14 +28,15 @@ def fit(config, wanted: int, *, tolerance: float):
     """
     model = _model(config)
     least = max(1, round(model.mlp_ratio * model.features / 2))
-    for features in range(model.features, 0, -2 * model.num_heads):  # even head dims, to rotate
+    # Head dims go down by fours, as rotations want pairs and some mechanisms rotate a half.
+    for features in range(model.features, 0, -4 * model.num_heads):
         hidden = _mlp_width(config, features, wanted)
         if hidden >= least:
             fitted = _wide(config, features, hidden)
             if abs(parameters(fitted) - wanted) <= tolerance * wanted:
                 return fitted
     raise ValueError(
-        f"{config.mixers[0]} has no width with {wanted:,} parameters within {tolerance:.1%}: "
+        f"no width has {wanted:,} parameters within {tolerance:.1%}: "
         "choose other parameters or tolerance"
     )
 

@@ -1,5 +1,6 @@
 """What a comparison trains: one config for each mechanism, all with the same budget."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,13 +31,26 @@ def make(wanted) -> Plan:
     models = [dataclasses.replace(base, mixers=(text,)) for text in wanted.mechanisms]
     for config in at_lengths(models[0], wanted.lengths):
         placement.make_mesh(config)
-    first = budget.parameters(models[0])
+    with _named(models[0]):
+        first = budget.parameters(models[0])
     parameters = first if wanted.parameters is None else wanted.parameters
-    fitted = [budget.fit(config, parameters, tolerance=wanted.tolerance) for config in models]
+    fitted = []
+    for config in models:
+        with _named(config):
+            fitted.append(budget.fit(config, parameters, tolerance=wanted.tolerance))
     shared = ("task", "model", "steps", "batch_size", "learning_rate", "target", "eval_every")
     settings = {name: getattr(base, name) for name in shared}
     settings |= {"parameters": parameters, "tolerance": wanted.tolerance}
     return Plan(fitted, settings | {"commonest": evaluation.commonest(base)})
+
+
+@contextlib.contextmanager
+def _named(config):
+    """What is wrong within, with the mechanism that it is about."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{config.mixers[0]}: {error}") from None
 
 
 def at_lengths(config, lengths: Sequence[int]) -> Iterator[configs.Experiment]:

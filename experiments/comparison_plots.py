@@ -50,6 +50,9 @@ def costs(rows: Rows) -> Figure:
                 line = dict(marker="o", ms=3, label=row["mechanism"])
                 axes.plot(*zip(*points, strict=True), **line, **style)
         axes.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
+        lengths = [x["length"] for x in rows[0]["costs"]]
+        axes.set_xticks(lengths, map(str, lengths))
+        axes.tick_params(which="minor", axis="x", length=0)
     return _with_legend(figure, seconds)
 
 

@@ -38,7 +38,9 @@ def write(root: pathlib.Path, results: Mapping) -> pathlib.Path:
 def for_terminal(results: Mapping) -> rich.table.Table:
     """The table of the page, for rich."""
     head, lines = table(results)
-    shown = rich.table.Table(*head)
+    shown = rich.table.Table()
+    for name in head:
+        shown.add_column(name, overflow="fold")  # a long mechanism is read whole
     for line in lines:
         shown.add_row(*line)
     return shown

@@ -120,8 +120,8 @@ def markdown(pages) -> str:
                   f"cores, jax {page['versions']['jax']}.", ""]  # fmt: skip
         lines += ["| claim | expected | seen | agrees |", "| --- | --- | --- | --- |"]
         for x in page["findings"]:
-            agrees = "yes" if x["agrees"] else "**no**"
-            lines.append(f"| {x['claim']} | {x['expected']} | {x['seen']} | {agrees} |")
+            cells = [x[name].replace("|", "\\|") for name in ("claim", "expected", "seen")]
+            lines.append(f"| {' | '.join(cells)} | {'yes' if x['agrees'] else '**no**'} |")
     return "\n".join(lines) + "\n"
 
 

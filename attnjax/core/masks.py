@@ -200,7 +200,7 @@ class Blocks(Mask):
     Block i holds the positions i * block_q to (i + 1) * block_q - 1, and likewise for keys.
     """
 
-    selected: Bool[Array, "#B #N tq tk"]
+    selected: Bool[Array | np.ndarray, "#B #N tq tk"]
     block_q: int
     block_k: int
 

@@ -43,7 +43,7 @@ def dense_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout
 def logits(q, k, *, scale, softcap):
     """Scaled and soft-capped products in float32: (B N T S)."""
     B, T, N, H = q.shape
-    q = q.swapaxes(1, 2).reshape(B, k.shape[2], -1, H)  # now, and not the scores, which are many more
+    q = q.swapaxes(1, 2).reshape(B, k.shape[2], -1, H)  # not the scores, which are more
     k = k.transpose(0, 2, 3, 1)
     x = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, N, T, -1) * scale
     if softcap is not None:

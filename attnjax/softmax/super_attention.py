@@ -168,7 +168,7 @@ def _oracle(q, k, v, alignment, *, mask=None):
 SPEC = registry.Mechanism(
     fn=super_attention,
     module=SuperAttention,
-    small=dict(num_heads=4, head_dim=12, length=11),
+    small=dict(num_heads=4, head_dim=12, length=64),
     papers=("super-attention",),
     example=_example,
     oracle=_oracle,

@@ -69,7 +69,7 @@ def paroattention(
     if bits is None:
         mask = None
         if selected is not None:
-            mask = masks.Blocks(jnp.asarray(selected[None]), block, block)
+            mask = masks.Blocks(selected[None], block, block)
         o = ops.dot_product_attention(q, k, v, mask=mask)
     else:
         L = -(-len(to) // block)

@@ -190,7 +190,7 @@ def _oracle(q, k, v, gate_q, gate_k, down, up, *, topk=49, threshold=0.0, patter
 SPEC = registry.Mechanism(
     fn=sparsifiner,
     module=Sparsifiner,
-    small=dict(num_heads=4, head_dim=8, length=12, topk=3, patterns=2, gate_dim=4),
+    small=dict(num_heads=4, head_dim=8, length=64, topk=3, patterns=2, gate_dim=4),
     papers=("sparsifiner",),
     example=_example,
     oracle=_oracle,

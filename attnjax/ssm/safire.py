@@ -139,8 +139,8 @@ def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
     return dict(
         x=jax.random.normal(keys[0], (2, T, 4)),
         text=jax.random.normal(keys[1], (2, min(T, 8), 4)),
-        saccade=jax.random.normal(keys[2], (2, 4, 8)) / 2,
-        select=jax.random.normal(keys[3], (2, 2, 4, 5)) / 2,
+        saccade=jax.random.normal(keys[2], (2, 4, 8)) / 8,
+        select=jax.random.normal(keys[3], (2, 2, 4, 5)) / 4,
         widen=jax.random.normal(keys[4], (2, 2, 1, 4)),
         bias=jax.random.normal(keys[5], (2, 2, 4)) - 1,
         log_rate=jax.random.normal(keys[6], (2, 2, 4, 2)),

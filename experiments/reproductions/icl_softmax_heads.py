@@ -7,7 +7,8 @@ Interpretability of Multi-Head Softmax Attention" (key icl-multi-head-softmax).
 
 A trained head's products of queries and keys are w times the identity on the inputs x, and its
 value is mu times the answer y, with the mu of all heads adding up to 0: so the layer predicts
-sum_h mu_h sum_i softmax_i(w_h x . x_i) y_i, a step of gradient descent without its bias.
+sum_h mu_h sum_i softmax_i(w_h x . x_i) y_i, a step of gradient descent without its bias. Linear
+attention, for comparison, has the scale 1/N of the prompts it was trained on.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A scan over chunks, within which a prefix scan takes all tokens at once; any platform."""
+"""A scan over chunks, whose tokens are taken all at once or, on a CPU, in turn; any platform."""
 
 import functools
 
@@ -25,14 +25,31 @@ def _steps(rate, state, tokens):
     decay = jnp.exp(delta[..., None] * rate)
     decay = jnp.where(new[:, :, None, None, None], 0.0, decay)
     added = (delta * x)[..., None] * b[..., None, :]
+    # measured on two CPU cores: in turn takes a third of the time, and a sixth to compile
+    h = jax.lax.platform_dependent(decay, added, state, cpu=in_turn, default=at_once)
+    return h[:, -1], jnp.einsum("BCNHM,BCNM->BCNH", h, c)
+
+
+def at_once(decay, added, state):
+    """h_t = decay_t h_{t-1} + added_t for tokens (B C N H M), of which all go in parallel."""
 
     def then(first, second):
         (f, h), (g, i) = first, second
         return g * f, g * h + i
 
-    decay, h = jax.lax.associative_scan(then, (decay, added), axis=1)  # (B C N H M)
-    h = h + decay * state[:, None]
-    return h[:, -1], jnp.einsum("BCNHM,BCNM->BCNH", h, c)
+    decay, h = jax.lax.associative_scan(then, (decay, added), axis=1)
+    return h + decay * state[:, None]
+
+
+def in_turn(decay, added, state):
+    """As `at_once`, token by token."""
+
+    def step(h, x):
+        h = x[0] * h + x[1]
+        return h, h
+
+    in_time = jnp.moveaxis(decay, 1, 0), jnp.moveaxis(added, 1, 0)
+    return jnp.moveaxis(jax.lax.scan(step, state, in_time)[1], 0, 1)
 
 
 def _cut(x, size):

@@ -151,7 +151,7 @@ def test_the_target_ends_a_cell(tmp_path):
         (dict(seeds="0"), "seeds=0 must be at least 1"),
         (dict(lengths=["0"]), "must be at least 1"),
         (dict(lengths=["1024"]), "batch_size=1 must be a multiple of 4"),
-        (dict(parameters="99"), "no width with 99 parameters"),
+        (dict(parameters="99"), "multi_head_attention: no width has 99 parameters"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_training(change, message, tmp_path, capsys):

@@ -31,12 +31,12 @@ def test_every_reproduction_says_its_command_minutes_and_paper():
 
 
 def test_all_findings_are_on_one_page(tmp_path):
-    findings = [Finding(claim="a claim", expected="1", seen="2", agrees=False)]
+    findings = [Finding(claim="a claim", expected="|x|", seen="2", agrees=False)]
     for name in ("rank_of_heads", "icl_regression"):
         reproduce.write(name, reproduce.load(name).Config(), findings, 90.0, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.index("## icl_regression") < text.index("## rank_of_heads")
-    assert text.count("| a claim | 1 | 2 | **no** |") == 2 and "1.5 minutes" in text
+    assert text.count(r"| a claim | \|x\| | 2 | **no** |") == 2 and "1.5 minutes" in text
 
 
 def test_wrong_names_are_one_line(capsys):

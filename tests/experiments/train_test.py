@@ -45,7 +45,7 @@ def test_a_run_ends_at_its_target_and_stays_there(tmp_path):
     for _ in range(2):
         assert train.train(config) == 0
         assert runs.metrics(tmp_path)[-1]["step"] == config.eval_every < config.steps
-        assert runs.parameters(tmp_path)[0] == str(config.eval_every)
+        assert int(runs.parameters(tmp_path)[0]) == config.eval_every
 
 
 def test_lines_before_the_first_checkpoint_are_written_anew(tmp_path):

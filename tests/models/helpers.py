@@ -11,7 +11,7 @@ from attnjax.core import registry
 KEY = jax.random.key(0)
 RNGS = dict(params=KEY, noise=KEY)
 MECHANISMS = registry.of_kind(registry.Mechanism)
-SIZES = dict(features=16, depth=1, num_heads=2, mlp_ratio=1)
+SIZES = dict(features=48, depth=1, num_heads=2, mlp_ratio=1)  # features as in conformance_test
 
 
 def text(name):

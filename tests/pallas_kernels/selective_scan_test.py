@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import selective_scan as kernels
+from pallas_kernels.selective_scan import xla
 from tests import cost
 
 KEY = jax.random.key(0)
@@ -53,6 +54,13 @@ def with_gradients(fn, args):
     out, vjp = jax.vjp(lambda args: fn(**args), args)
     keys = jax.random.split(KEY)
     return out, vjp(tuple(jax.random.normal(k, a.shape) for k, a in zip(keys, out, strict=True)))
+
+
+def test_tokens_at_once_equal_tokens_in_turn():
+    decay, added = jax.random.uniform(KEY, (2, 2, 13, N, H, M))
+    state = jax.random.normal(KEY, (2, N, H, M))
+    both = (jax.jit(form)(decay, added, state) for form in (xla.at_once, xla.in_turn))
+    chex.assert_trees_all_close(*both, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("T", "segmented"), [(1, True), (32, False), (37, True)])

@@ -55,7 +55,7 @@ def test_keeps_the_name_and_signature():
 @pytest.mark.parametrize(
     ("strategy", "name", "axis", "message"),
     [
-        (None, "swin", "context", "swin has no strategy of context parallelism; .*lightning"),
+        (None, "swin", "context", "swin has no strategy of context parallelism; linear_recurrent"),
         ("pass_state", "gqa", "context", "strategy='pass_state' must be one of gqa's: ring"),
         ("ring", "gqa", "sequence", "axis='sequence' must be one of the mesh's data, fsdp"),
     ],

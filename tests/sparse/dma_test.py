@@ -76,14 +76,16 @@ def test_key_heads_choose_for_themselves():
     assert not (seen[:, 0] == seen[:, 2]).all() and (seen[:, :, 2:].sum(-1) == 3).all()
 
 
-@pytest.mark.parametrize("window", [4, 40])
-def test_streams_from_a_state_of_no_more_than_the_window(window):
+@pytest.mark.parametrize("window, amount", [(4, 1.0), (4, 0.0), (40, 1.0)])  # 0: all scores equal
+def test_streams_from_a_state_of_no_more_than_the_window(window, amount):
     options = dict(num_heads=4, num_kv_heads=2, head_dim=8, window=window)
     module, x = lib.Dma(**options, rotary_base=100.0), jax.random.normal(KEY, (2, 23, 16))
 
     @jax.jit
     def both(x):
-        y, params = module.init_with_output(KEY, x)
+        params = module.init(KEY, x)
+        params["params"]["amount"]["table"] *= amount
+        y = module.apply(params, x)
         state, ys = module.apply(params, 2, 30, method="init_state"), []
         for piece in jnp.split(x, (7, 8), 1):
             state, part = module.apply(params, state, piece, method="extend")

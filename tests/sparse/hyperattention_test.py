@@ -21,7 +21,12 @@ def example(T):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(block=23), dict(block=2, mask=masks.Causal(), min_length=23)]
+    "options",
+    [
+        dict(block=23),
+        dict(block=2, mask=masks.Causal(), min_length=23),
+        dict(block=12, mask=masks.Causal(), min_length=3),
+    ],
 )
 def test_one_block_or_one_piece_is_attention(options):
     q, k, v, *given = example(23)

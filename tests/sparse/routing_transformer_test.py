@@ -48,6 +48,16 @@ def test_a_causal_mask_hides_later_keys():
     assert not np.triu(w, 1).any() and np.tril(w, -1).any()
 
 
+def test_hidden_tokens_take_no_place_in_a_cluster():
+    q, k, v, centroids = example()
+    q, k = (x.at[:, 7].set(centroids[:, 0][None]) for x in (q, k))  # at the heart of one
+    hidden = masks.Valid(jnp.ones((2, 12), bool).at[:, 7].set(False))
+    run = functools.partial(lib.routing_transformer, window=3, mask=hidden)
+    actual = run(q, k, v, centroids).at[:, 7].set(0)
+    other = run(q.at[:, 7].multiply(-1), k.at[:, 7].multiply(-1), v, centroids).at[:, 7].set(0)
+    chex.assert_trees_all_equal(actual, other)
+
+
 def test_a_step_of_gradient_descent_is_the_update_of_the_paper():
     q, k, _, mu = (np.asarray(x, np.float64) for x in example())
     decay, hidden = 0.9, (0, 4)
@@ -73,16 +83,18 @@ def test_a_step_of_gradient_descent_is_the_update_of_the_paper():
 def test_centroids_learn_from_their_own_loss_alone():
     x = jax.random.normal(KEY, (2, 9, 16))
     options = dict(num_heads=2, head_dim=8, num_clusters=3)
-    modules = [lib.RoutingTransformer(**options, clustering=w) for w in (0.0, 2.0)]
+    modules = [lib.RoutingTransformer(**options, clustering=w) for w in (0.0, 1.0, 2.0)]
 
     @jax.jit
     def grads():
         params = modules[0].init(KEY, x)
         return [jax.grad(lambda p, m=m: (m.apply(p, x) ** 2).sum())(params) for m in modules]
 
-    without, with_ = (g["params"] for g in grads())
-    assert not without.pop("centroids")["table"].any() and with_.pop("centroids")["table"].any()
-    chex.assert_trees_all_equal(without, with_)
+    none, once, twice = (g["params"] for g in grads())
+    a, b, c = (g.pop("centroids")["table"] for g in (none, once, twice))
+    assert not a.any() and b.any()
+    chex.assert_trees_all_close(c, 2 * b, rtol=1e-6)
+    chex.assert_trees_all_equal(none, once)
 
 
 def test_learned_clusters_hold_what_full_attention_looks_at():

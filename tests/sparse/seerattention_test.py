@@ -131,17 +131,19 @@ def test_a_gate_finds_what_the_mean_of_a_block_hides():
 def test_the_gate_learns_from_its_own_loss_alone():
     x = jax.random.normal(KEY, (2, 9, 16))
     options = dict(num_heads=2, head_dim=8, gate_dim=4, block=2, topk=2)
-    modules = [lib.SeerAttention(**options, distill=w) for w in (0.0, 2.0)]
+    modules = [lib.SeerAttention(**options, distill=w) for w in (0.0, 1.0, 2.0)]
 
     @jax.jit
     def grads():
         params = modules[0].init(KEY, x)
         return [jax.grad(lambda p, m=m: (m.apply(p, x) ** 2).sum())(params) for m in modules]
 
-    without, with_ = (g["params"] for g in grads())
+    none, once, twice = (g["params"] for g in grads())
     for name in ("gate_query", "gate_key"):
-        assert not without.pop(name)["table"].any() and with_.pop(name)["table"].any()
-    chex.assert_trees_all_equal(without, with_)
+        a, b, c = (g.pop(name)["table"] for g in (none, once, twice))
+        assert not a.any() and b.any()
+        chex.assert_trees_all_close(c, 2 * b, rtol=1e-6)
+    chex.assert_trees_all_equal(none, once)
 
 
 def test_streams_into_a_longer_cache():

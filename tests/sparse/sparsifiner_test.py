@@ -62,17 +62,19 @@ def test_the_loss_is_the_distance_of_the_guess_to_the_map():
 def test_the_guess_learns_from_its_own_loss_alone():
     x = jax.random.normal(KEY, (2, 9, 16))
     options = dict(num_heads=2, head_dim=8, length=9, topk=3, patterns=4, gate_dim=4)
-    modules = [lib.Sparsifiner(**options, reconstruct=w) for w in (0.0, 2.0)]
+    modules = [lib.Sparsifiner(**options, reconstruct=w) for w in (0.0, 1.0, 2.0)]
 
     @jax.jit
     def grads():
         params = modules[0].init(KEY, x)
         return [jax.grad(lambda p, m=m: (m.apply(p, x) ** 2).sum())(params) for m in modules]
 
-    without, with_ = (g["params"] for g in grads())
+    none, once, twice = (g["params"] for g in grads())
     for name in ("gate_query", "gate_key", "down", "up"):
-        assert not without.pop(name)["table"].any() and with_.pop(name)["table"].any()
-    chex.assert_trees_all_equal(without, with_)
+        a, b, c = (g.pop(name)["table"] for g in (none, once, twice))
+        assert not a.any() and b.any()
+        chex.assert_trees_all_close(c, 2 * b, rtol=1e-6)
+    chex.assert_trees_all_equal(none, once)
 
 
 def test_a_learned_guess_finds_where_attention_looks():
@@ -102,8 +104,11 @@ def test_a_learned_guess_finds_where_attention_looks():
 
 def test_hidden_keys_are_not_chosen():
     valid = jnp.ones((2, 12), bool).at[:, jnp.array([1, 5])].set(False)
-    w = weights(example(), topk=4, mask=masks.Valid(valid))
+    q, k, *rest = example()
+    w = weights([q, k, *rest], topk=4, mask=masks.Valid(valid))
     assert ((w > 0).sum(-1) == 4).all() and not w[..., jnp.array([1, 5])].any()
+    other = jnp.where(valid[..., None, None], k, 50.0)
+    chex.assert_trees_all_equal(weights([q, other, *rest], topk=4, mask=masks.Valid(valid)), w)
 
 
 def test_refuses_what_it_cannot_do():
