@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
     from matplotlib.figure import Figure
 
     maps = {name.partition(".")[2]: w for name, w in matrices()}
-    columns = 4
+    columns = 7
     rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(2.3 * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(2 * columns, 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(maps) :]:
         axes.axis("off")
