@@ -205,7 +205,8 @@ class Blocks(Mask):
     block_k: int
 
     def visible(self, t, s):
-        return self.selected[:, :, t // self.block_q][:, :, :, s // self.block_k]
+        selected = _module(self.selected, t, s).asarray(self.selected)
+        return selected[:, :, t // self.block_q][:, :, :, s // self.block_k]
 
     def tiles(self, t, s):
         """Exact where a tile lies within one block; elsewhere the base class looks."""

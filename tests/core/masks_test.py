@@ -26,6 +26,7 @@ STATIC = {
     "prefix lm": masks.Prefix(10) | masks.Causal(),
     "line": masks.Neighborhood((T,), (5,), stride=(2,), dilation=(2,)),
     "plane": masks.Neighborhood((4, 6), (3, 4), causal=(True, False)),
+    "known blocks": masks.Blocks(np.asarray(SELECTED), 6, 8),
 }
 DYNAMIC = {
     "segments": masks.Segments(jnp.asarray(IDS)),
