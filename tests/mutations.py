@@ -81,8 +81,9 @@ MUTATIONS = (
     Mutation(
         "order of heads",
         "attnjax/ops/dense_attention.py",
-        "q = q.reshape(B, T, k.shape[2], -1, H)",
-        "q = q.reshape(B, T, -1, k.shape[2], H).swapaxes(2, 3)",
+        "q = q.swapaxes(1, 2).reshape(B, k.shape[2], -1, H)",
+        "q = q.swapaxes(1, 2).reshape(B, -1, k.shape[2], T, H).swapaxes(1, 2)"
+        ".reshape(B, k.shape[2], -1, H)",
         conforms("gqa"),
     ),
     Mutation(

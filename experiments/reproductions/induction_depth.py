@@ -1,7 +1,7 @@
 """Two layers of attention find what came after a token the last time; one layer can't.
 
 Command: attnjax reproduce induction_depth
-Minutes: about 4 on two cores.
+Minutes: 7 on two cores that had other work too.
 Paper: Olsson et al., "In-context Learning and Induction Heads", arXiv:2209.11895.
 
 In the task induction a trigger stands somewhere in random tokens and again at the end; the answer

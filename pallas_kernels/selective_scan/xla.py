@@ -25,7 +25,7 @@ def _steps(rate, state, tokens):
     decay = jnp.exp(delta[..., None] * rate)
     decay = jnp.where(new[:, :, None, None, None], 0.0, decay)
     added = (delta * x)[..., None] * b[..., None, :]
-    # measured on two CPU cores: in turn takes a third of the time, and a sixth to compile
+    # gradients of 1024 tokens on two CPU cores: in turn takes half the time, and a tenth to compile
     h = jax.lax.platform_dependent(decay, added, state, cpu=in_turn, default=at_once)
     return h[:, -1], jnp.einsum("BCNHM,BCNM->BCNH", h, c)
 
