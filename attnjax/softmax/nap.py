@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 from attnjax.core import layers, masks, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 
 _EPS = 1e-6
 
@@ -100,7 +101,7 @@ def _add_up(q, k, u, state, *, mask):
         return decays.decay_attention(q, k, u, jnp.zeros(q.shape[2]), **options)
     if segments:
         raise NotImplementedError("nap can honour Segments only together with Causal")
-    state = jnp.einsum("BSNF,BSNU->BNFU", decays.only_valid(k, valid), u)
+    state = jnp.einsum("BSNF,BSNU->BNFU", state_masks.only_valid(k, valid), u)
     return jnp.einsum("BTNF,BNFU->BTNU", q, state), state
 
 
