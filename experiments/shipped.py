@@ -48,17 +48,18 @@ def recall(name: str, mechanism: str) -> Trained:
 
     softmax = "multi_head_attention"  # first: all others get as many parameters
     mechanisms = (softmax,) if mechanism == softmax else (softmax, mechanism)
-    wanted = compare.Compare(mechanisms, task="mqar", steps=800, seeds=len(SEEDS))
+    wanted = compare.Compare(mechanisms, task="mqar_short")
     config = comparison_plan.make(wanted).models[-1]
-    root = compare.root(wanted) / "cells"
+    root = compare.directory(wanted) / "cells"
 
     def run(seed):
         this = dataclasses.replace(config, seed=seed)
         cells.trained(this, root)
         return root / cells.name(this)
 
-    words = ["--task", "mqar", "--steps", "800", "--mechanisms", *mechanisms]
-    command = shlex.join(["attnjax", "compare", *words])
+    words = "--model", config.model, "--mixers", mechanism, "--target", str(config.target)
+    words += "--eval-every", str(config.eval_every), "--seed", "0"
+    command = shlex.join(["attnjax", "train", "mqar_short", *words])
     return Trained([run(seed) for seed in SEEDS], command, CHOSEN)
 
 
@@ -72,19 +73,19 @@ CHECKPOINTS = {  # name: what trains it, and with what
     "vit_lightning-tiny.digits@1": (digits, "--mixers", "lightning_attention_2", *SHORT),
     "vit_hedgehog-tiny.digits@1": (digits, "--mixers", "hedgehog", *SHORT),
     "vit_eca-tiny.digits@1": (digits, "--mixers", "eca_net", "multi_head_attention", *SHORT),
-    "lm_mha-tiny.mqar@1": (recall, "multi_head_attention"),
-    "lm_mla-tiny.mqar@1": (recall, "multi_head_latent_attention"),
-    "lm_moba-tiny.mqar@1": (recall, "moba(block=16, topk=2)"),
-    "lm_landmark-tiny.mqar@1": (recall, "landmark_attention(block=16)"),
-    "lm_hedgehog-tiny.mqar@1": (recall, "hedgehog"),
-    "lm_fast-tiny.mqar@1": (recall, "fast_attention(order=2)"),
-    "lm_lightning-tiny.mqar@1": (recall, "lightning_attention_2"),
-    "lm_retention-tiny.mqar@1": (recall, "retention"),
-    "lm_gla-tiny.mqar@1": (recall, "gated_linear_attention"),
-    "lm_hgrn2-tiny.mqar@1": (recall, "hgrn2"),
-    "lm_deltanet-tiny.mqar@1": (recall, "delta_net"),
-    "lm_gateddeltanet-tiny.mqar@1": (recall, "gated_delta_net"),
-    "lm_mamba-tiny.mqar@1": (recall, "mamba"),
+    "lm_mha-tiny.mqar-short@1": (recall, "multi_head_attention"),
+    "lm_mla-tiny.mqar-short@1": (recall, "multi_head_latent_attention"),
+    "lm_moba-tiny.mqar-short@1": (recall, "moba(block=8, topk=2)"),
+    "lm_landmark-tiny.mqar-short@1": (recall, "landmark_attention(block=8)"),
+    "lm_hedgehog-tiny.mqar-short@1": (recall, "hedgehog"),
+    "lm_fast-tiny.mqar-short@1": (recall, "fast_attention(order=2)"),
+    "lm_lightning-tiny.mqar-short@1": (recall, "lightning_attention_2"),
+    "lm_retention-tiny.mqar-short@1": (recall, "retention"),
+    "lm_gla-tiny.mqar-short@1": (recall, "gated_linear_attention"),
+    "lm_hgrn2-tiny.mqar-short@1": (recall, "hgrn2"),
+    "lm_deltanet-tiny.mqar-short@1": (recall, "delta_net"),
+    "lm_gateddeltanet-tiny.mqar-short@1": (recall, "gated_delta_net"),
+    "lm_mamba-tiny.mqar-short@1": (recall, "mamba"),
 }  # fmt: skip
 
 
