@@ -1,5 +1,7 @@
 """Settings of every test: strict shapes and dtypes, four CPU devices, quick compilation."""
 
+import gc
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")
@@ -7,3 +9,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so the garbage collector need not go through it again."""
+    gc.freeze()

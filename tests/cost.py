@@ -9,12 +9,22 @@ _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", 
 
 def largest_array(fn, *args) -> int:
     """Entries of the largest array that is computed."""
-    return max(_sizes(jax.make_jaxpr(fn)(*args).jaxpr))
+    return largest_array_in(jax.make_jaxpr(fn)(*args))
 
 
 def operations(fn, *args) -> int:
     """Arithmetic operations, loops counted as often as they run."""
-    return _operations(jax.make_jaxpr(fn)(*args).jaxpr)
+    return operations_in(jax.make_jaxpr(fn)(*args))
+
+
+def largest_array_in(closed) -> int:
+    """As `largest_array`, of what jax.make_jaxpr gave."""
+    return max(_sizes(closed.jaxpr))
+
+
+def operations_in(closed) -> int:
+    """As `operations`, of what jax.make_jaxpr gave."""
+    return _operations(closed.jaxpr)
 
 
 def _inner(eqn):
