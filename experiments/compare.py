@@ -85,7 +85,7 @@ def compare(wanted: Compare) -> pathlib.Path:
     from experiments import cells, comparison_plan, comparison_report, run_directory
 
     console = rich.console.Console(soft_wrap=True)
-    root = pathlib.Path(wanted.directory or f"runs/compare/{wanted.task.partition('(')[0]}")
+    root = directory(wanted)
     with console.status("finding equal widths"):
         plan = comparison_plan.make(wanted)
         rows = [_row(config) for config in plan.models]
@@ -103,6 +103,11 @@ def compare(wanted: Compare) -> pathlib.Path:
     page = comparison_report.write(root, results)
     console.print(f"report: {page}")
     return page
+
+
+def directory(wanted: Compare) -> pathlib.Path:
+    """Where everything is written."""
+    return pathlib.Path(wanted.directory or f"runs/compare/{wanted.task.partition('(')[0]}")
 
 
 def _row(config) -> dict:

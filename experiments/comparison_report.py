@@ -11,12 +11,13 @@ from experiments import page as pages
 
 
 def write(root: pathlib.Path, results: Mapping) -> pathlib.Path:
-    """Writes `root`/report.html of what `experiments.compare` found; returns its path."""
+    """Writes report.html of what `experiments.compare` found, and its pictures; its path."""
     rows = results["rows"]
-    curves, states, costs = (
-        pages.embedded(draw(rows))
-        for draw in (comparison_plots.curves, comparison_plots.states, comparison_plots.costs)
-    )
+    plots = comparison_plots
+    drawn = {draw.__name__: draw(rows) for draw in (plots.curves, plots.states, plots.costs)}
+    for name, figure in drawn.items():
+        figure.savefig(root / f"{name}.png", dpi=120)
+    curves, states, costs = map(pages.embedded, drawn.values())
     body = [
         pages.heading(1, f"Mechanisms compared on {results['task']}"),
         *map(pages.paragraph, _settings(results)),

@@ -6,6 +6,7 @@ results; it is exact and needs no run. Time is the fastest of a few runs. An exp
 of a least-squares line through the logarithms at the upper lengths: 1 is linear, 2 quadratic.
 """
 
+import ctypes
 import dataclasses
 import json
 import pathlib
@@ -20,6 +21,9 @@ from attnjax.core import registry
 from attnjax.core.registry import Claim
 from experiments import benchmark_results
 from experiments import config as configs
+
+# glibc's mallopt: keep freed memory; take none by mmap; one heap for all threads
+_MALLOPT = {-1: 2**31 - 1, -4: 0, -8: 1}
 
 CLAIMS = {"seconds": Claim.LINEAR_COMPUTE, "bytes": Claim.LINEAR_MEMORY}
 
@@ -59,6 +63,7 @@ def run(config: Scaling) -> int:
     except ValueError as error:
         print(f"attnjax benchmark: {error}", file=sys.stderr)
         return 2
+    keep_memory()
     rows = []
     with rich.progress.Progress() as progress:
         bar = progress.add_task("", total=len(names))
@@ -80,6 +85,17 @@ def select(mechanisms: tuple[str, ...]) -> list[str]:
         if name not in known:
             raise ValueError(f"{name!r} must be a mechanism over sequences or grids")
     return names
+
+
+def keep_memory():
+    """Lets freed memory stay with this process, where the C library is Linux' glibc.
+
+    Large arrays would else be given back after each run, and fetched page by page in the next:
+    from some length on a run would take twice as long for each token, whatever the mechanism.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in _MALLOPT.items() if mallopt else ():
+        mallopt(option, value)
 
 
 def measure(record: registry.Mechanism, config: Scaling) -> list[dict]:
@@ -151,8 +167,9 @@ def show(rows: list[dict]):
     import rich.console
     import rich.table
 
-    columns = ("mechanism", "time exponent", "memory exponent", "longest", "ms", "MB")
-    table = rich.table.Table(*columns, title="exponents (and whether claimed to be linear)")
+    table = rich.table.Table(title="exponents (and whether claimed to be linear)")
+    for name in ("mechanism", "time exponent", "memory exponent", "longest", "ms", "MB"):
+        table.add_column(name, overflow="fold")  # a long name is read whole
     for row in rows:
         last = row["points"][-1]
         cells = [_cell(row, what) for what in CLAIMS]

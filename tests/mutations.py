@@ -73,9 +73,9 @@ MUTATIONS = (
     ),
     Mutation(
         "padded token leaks into the state",
-        "attnjax/ops/decay_attention.py",
-        "jnp.where(part.keys[:, :, None, None], k, 0)",
-        "jnp.where(part.keys[:, :, None, None], k, k)",
+        "attnjax/ops/state_masks.py",
+        "jnp.where(part.keys[:, :, None, None], x, 0)",
+        "jnp.where(part.keys[:, :, None, None], x, x)",
         conforms("lightning_attention_2"),
     ),
     Mutation(

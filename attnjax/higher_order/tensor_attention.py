@@ -37,8 +37,8 @@ from jaxtyping import Array, Float, Int
 
 from attnjax.core import decode, layers, masks, registry
 from attnjax.core.registry import Claim
-from attnjax.ops import decay_attention as decays
 from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import state_masks
 
 
 def tensor_attention(
@@ -96,7 +96,7 @@ def _taylor(q, k1, k2, v1, v2, degree, *, mask, t):
 
     def sums(k, v):
         """(B T N R V1), or with T = 1 for all queries: sums over what is seen; V1 = V + 1."""
-        k, v = decays.only_valid(features(k), valid), jnp.concatenate([v, one(v)], -1)
+        k, v = state_masks.only_valid(features(k), valid), jnp.concatenate([v, one(v)], -1)
         if not causal:
             return jnp.einsum("BSNR,BSNV->BNRV", k, v)[:, None]
         return jnp.cumsum(k[..., None] * v[..., None, :], 1)[:, t]

@@ -17,15 +17,13 @@ Unlike the paper: nothing known.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry, short_conv
+from attnjax.core import layers, masks, recurrent, registry, short_conv
 from attnjax.core.registry import Claim
 from attnjax.ops import linear_recurrence as ops
 from attnjax.ops import unit_vectors
@@ -55,21 +53,11 @@ def delta_net(
     return (o, state) if return_state else o
 
 
-class State(NamedTuple):
-    """What is left of the tokens so far: the memory, and what convolutions still see."""
-
-    memory: Float[Array, "B N H V"]
-    before: tuple[Float[Array, "B P N H"], Float[Array, "B P N H"], Float[Array, "B P N V"]]
-
-
-class DeltaNet(nn.Module):
+class DeltaNet(recurrent.Recurrent):
     """The token mixer of section 3.3 over (B T D); value_dim None is head_dim."""
 
-    num_heads: int
-    head_dim: int
     value_dim: int | None = None
     conv_width: int = 4
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = delta_net
 
     def setup(self):
@@ -82,31 +70,22 @@ class DeltaNet(nn.Module):
         self.norm = nn.RMSNorm(dtype=self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """What x's past has stored."""
-        arrays, _ = self._project(x, (None, None, None), mask)
-        return self.out(self.norm(self.attend(*arrays, mask=mask)), x.shape[-1])
-
-    def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N H V"]:
         H, V = self.head_dim, self.value_dim or self.head_dim
-        before = tuple(part.init_state(batch) for part in (self.query, self.key, self.value))
-        return State(jnp.zeros((batch, self.num_heads, H, V)), before)
+        return jnp.zeros((batch, self.num_heads, H, V))
 
-    def extend(self, state: State, x: Float[Array, "B T D"]) -> tuple[State, Float[Array, "B T D"]]:
-        """The next T tokens."""
-        arrays, before = self._project(x, state.before, None)
-        o, memory = self.attend(*arrays, initial_state=state.memory, return_state=True)
-        return State(memory, before), self.out(self.norm(o), x.shape[-1])
+    def _before(self, batch):
+        return tuple(part.init_state(batch) for part in (self.query, self.key, self.value))
 
-    def _project(self, x, before, mask):
+    def _project_after(self, x, before, mask):
         q, last_q = self.query(x, before[0], mask=mask)
         k, last_k = self.key(x, before[1], mask=mask)
         v, last_v = self.value(x, before[2], mask=mask)
         q, k, beta = unit_vectors.unit(q), unit_vectors.unit(k), nn.sigmoid(self.beta(x))
         return (q, k, v, beta), (last_q, last_k, last_v)
+
+    def _gated(self, o, x):
+        return self.norm(o)
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from attnjax.core import layers, masks, registry
 from attnjax.core.registry import Claim
-from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 
 Normalizer = Literal["softmax", "scaling"]
 
@@ -55,7 +55,7 @@ def efficient_attention(
         raise ValueError(f"{normalizer=} must be one of {get_args(Normalizer)}")
     (valid,) = masks.select(mask, masks.Valid, by="efficient_attention")
     dtype, (q, k, v) = v.dtype, (x.astype(jnp.float32) for x in (q, k, v))
-    seen = decays.only_valid(jnp.ones_like(k[..., :1]), valid)
+    seen = state_masks.only_valid(jnp.ones_like(k[..., :1]), valid)
     normalize = {"softmax": by_softmax, "scaling": by_scaling}[normalizer]
     q, k = normalize(q, k, seen)
     contexts = jnp.einsum("BSNH,BSNV->BNHV", k, v)

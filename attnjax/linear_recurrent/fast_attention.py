@@ -19,17 +19,16 @@ of order 1 are not negative (the authors' code gets this bound by the largest no
 which no causal form can know); scale=1 is no scale. No dropout of features.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as decays
 from attnjax.ops import linear_attention as ops
@@ -87,14 +86,11 @@ def phi(x: Float[Array, "B T N H"], *, order: Order, scale: float) -> Float[Arra
     return jnp.concatenate(terms, -1)
 
 
-class FastAttention(nn.Module):
+class FastAttention(recurrent.Recurrent):
     """Multi-head attention over (B T D) with a polynomial in the place of exp."""
 
-    num_heads: int
-    head_dim: int
     order: Order = 2
     scale: float | None = None
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = fast_attention
 
     def setup(self):
@@ -102,31 +98,17 @@ class FastAttention(nn.Module):
         self.query = layers.HeadProjection(N, H, self.dtype)
         self.key = layers.HeadProjection(N, H, self.dtype)
         self.value = layers.HeadProjection(N, H, self.dtype)
-        self.attend = layers.Attend(self.fn)
+        fn = functools.partial(self.fn, order=self.order, scale=self.scale)
+        self.attend = layers.Attend(fn)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Attention of x to itself; `mask` says what each token sees."""
-        return self.out(self._attend(x, mask=mask), x.shape[-1])
-
-    def init_state(self, batch: int, length: int) -> Float[Array, "B N F V1"]:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N F V1"]:
         H = self.head_dim
         F = 1 + H + (H * (H + 1) // 2 if self.order == 2 else 0)
         return jnp.zeros((batch, self.num_heads, F, H + 1))
 
-    def extend(
-        self, state: Float[Array, "B N F V1"], x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B N F V1"], Float[Array, "B T D"]]:
-        """The next T tokens, each of which sees those before it and itself."""
-        o, state = self._attend(x, mask=masks.Causal(), initial_state=state, return_state=True)
-        return state, self.out(o, x.shape[-1])
-
-    def _attend(self, x, **options):
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        return self.attend(q, k, v, order=self.order, scale=self.scale, **options)
+    def _project(self, x):
+        return self.query(x), self.key(x), self.value(x)
 
 
 def _carry(q, k, v, *, mask=None):

@@ -16,15 +16,13 @@ Unlike the paper: V is H unless given (the paper's is 2H).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry, short_conv
+from attnjax.core import layers, masks, recurrent, registry, short_conv
 from attnjax.core.registry import Claim
 from attnjax.ops import linear_recurrence as ops
 from attnjax.ops import unit_vectors
@@ -64,21 +62,11 @@ def log_decays(
     return -jnp.exp(log_rate)[None, None] * step
 
 
-class State(NamedTuple):
-    """What is left of the tokens so far: the memory, and what convolutions still see."""
-
-    memory: Float[Array, "B N H V"]
-    before: tuple[Float[Array, "B P N H"], Float[Array, "B P N H"], Float[Array, "B P N V"]]
-
-
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(recurrent.Recurrent):
     """The token mixer of section 3.4 over (B T D); value_dim None is head_dim."""
 
-    num_heads: int
-    head_dim: int
     value_dim: int | None = None
     conv_width: int = 4
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = gated_delta_net
 
     def setup(self):
@@ -95,26 +83,14 @@ class GatedDeltaNet(nn.Module):
         self.gate = layers.HeadProjection(N, V, self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """What x's past has stored."""
-        arrays, _ = self._project(x, (None, None, None), mask)
-        return self._gated(self.attend(*arrays, mask=mask), x)
-
-    def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N H V"]:
         H, V = self.head_dim, self.value_dim or self.head_dim
-        before = tuple(part.init_state(batch) for part in (self.query, self.key, self.value))
-        return State(jnp.zeros((batch, self.num_heads, H, V)), before)
+        return jnp.zeros((batch, self.num_heads, H, V))
 
-    def extend(self, state: State, x: Float[Array, "B T D"]) -> tuple[State, Float[Array, "B T D"]]:
-        """The next T tokens."""
-        arrays, before = self._project(x, state.before, None)
-        o, memory = self.attend(*arrays, initial_state=state.memory, return_state=True)
-        return State(memory, before), self._gated(o, x)
+    def _before(self, batch):
+        return tuple(part.init_state(batch) for part in (self.query, self.key, self.value))
 
-    def _project(self, x, before, mask):
+    def _project_after(self, x, before, mask):
         q, last_q = self.query(x, before[0], mask=mask)
         k, last_k = self.key(x, before[1], mask=mask)
         v, last_v = self.value(x, before[2], mask=mask)
@@ -123,7 +99,7 @@ class GatedDeltaNet(nn.Module):
         return (q, k, v, beta, log_decay), (last_q, last_k, last_v)
 
     def _gated(self, o, x):
-        return self.out(self.norm(o) * nn.silu(self.gate(x)), x.shape[-1])
+        return self.norm(o) * nn.silu(self.gate(x))
 
 
 def _log_rates(key, shape):

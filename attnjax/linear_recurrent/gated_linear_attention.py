@@ -18,10 +18,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import linear_recurrence as ops
 
@@ -54,14 +53,11 @@ def log_decays(gate: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     return jax.nn.log_sigmoid(gate.astype(jnp.float32)) / 16
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(recurrent.Recurrent):
     """Section 4.4 over (B T D); value_dim None is head_dim, gate_rank is R."""
 
-    num_heads: int
-    head_dim: int
     value_dim: int | None = None
     gate_rank: int = 16
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = gated_linear_attention
 
     def setup(self):
@@ -77,30 +73,16 @@ class GatedLinearAttention(nn.Module):
         self.gate = layers.HeadProjection(N, V, self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Attention of x to its past."""
-        return self._gated(self.attend(*self._project(x), mask=mask), x)
-
-    def init_state(self, batch: int, length: int) -> Float[Array, "B N H V"]:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N H V"]:
         H, V = self.head_dim, self.value_dim or self.head_dim
         return jnp.zeros((batch, self.num_heads, H, V))
-
-    def extend(
-        self, state: Float[Array, "B N H V"], x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B N H V"], Float[Array, "B T D"]]:
-        """The next T tokens."""
-        o, state = self.attend(*self._project(x), initial_state=state, return_state=True)
-        return state, self._gated(o, x)
 
     def _project(self, x):
         decay = self.decay_out(self.decay_in(x)) + self.decay_bias()[None, None]
         return self.query(x), self.key(x), self.value(x), log_decays(decay)
 
     def _gated(self, o, x):
-        return self.out(self.norm(o) * nn.swish(self.gate(x)), x.shape[-1])
+        return self.norm(o) * nn.swish(self.gate(x))
 
 
 def _carry(q, k, v, log_decay, *, mask=None):

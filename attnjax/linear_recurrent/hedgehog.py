@@ -14,13 +14,11 @@ changes nothing for queries, and is a part of the map for keys); W has no bias.
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as decays
 from attnjax.ops import linear_attention as ops
@@ -81,12 +79,9 @@ def distillation_loss(
     return -jnp.mean(jnp.sum(jnp.where(seen, teacher * log_student, 0.0), -1))
 
 
-class Hedgehog(nn.Module):
+class Hedgehog(recurrent.Recurrent):
     """Multi-head attention over (B T D) with learned features in the place of softmax."""
 
-    num_heads: int
-    head_dim: int
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = hedgehog
 
     def setup(self):
@@ -99,23 +94,8 @@ class Hedgehog(nn.Module):
         self.attend = layers.Attend(self.fn)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Attention of x to itself; `mask` says what each token sees."""
-        return self.out(self.attend(*self._project(x), mask=mask), x.shape[-1])
-
-    def init_state(self, batch: int, length: int) -> Float[Array, "B N F2 V1"]:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N F2 V1"]:
         return jnp.zeros((batch, self.num_heads, 2 * self.head_dim, self.head_dim + 1))
-
-    def extend(
-        self, state: Float[Array, "B N F2 V1"], x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B N F2 V1"], Float[Array, "B T D"]]:
-        """The next T tokens, each of which sees those before it and itself."""
-        options = dict(mask=masks.Causal(), initial_state=state, return_state=True)
-        o, state = self.attend(*self._project(x), **options)
-        return state, self.out(o, x.shape[-1])
 
     def _project(self, x):
         return self.query(x), self.key(x), self.value(x), self.query_map(), self.key_map()

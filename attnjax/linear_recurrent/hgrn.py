@@ -19,10 +19,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import elementwise_recurrence as ops
 from attnjax.ops import forget_gate
@@ -71,14 +70,11 @@ def angles(num_heads: int, head_dim: int) -> Float[Array, "N H"]:
     return (10_000.0 ** (-2 * jnp.arange(count) / count)).reshape(num_heads, head_dim)
 
 
-class HGRN(nn.Module):
+class HGRN(recurrent.Recurrent):
     """The token mixer of section 3 over (B T D); `layer` of `num_layers` sets the lower bound."""
 
-    num_heads: int
-    head_dim: int
     layer: int = 0
     num_layers: int = 1
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = hgrn
 
     def setup(self):
@@ -92,22 +88,8 @@ class HGRN(nn.Module):
         self.norm = nn.LayerNorm(**heads, dtype=self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Averages of x's past."""
-        return self._gated(self.attend(*self._project(x), mask=mask), x)
-
-    def init_state(self, batch: int, length: int) -> Complex[Array, "B N H"]:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Complex[Array, "B N H"]:
         return jnp.zeros((batch, self.num_heads, self.head_dim), jnp.complex64)
-
-    def extend(
-        self, state: Complex[Array, "B N H"], x: Float[Array, "B T D"]
-    ) -> tuple[Complex[Array, "B N H"], Float[Array, "B T D"]]:
-        """The next T tokens."""
-        o, state = self.attend(*self._project(x), initial_state=state, return_state=True)
-        return state, self._gated(o, x)
 
     def _project(self, x):
         bound = forget_gate.lower_bound(self.layer, self.num_layers)
@@ -115,7 +97,7 @@ class HGRN(nn.Module):
         return nn.silu(self.value(x)), log_forget, self.theta()
 
     def _gated(self, o, x):
-        return self.out(self.norm(nn.sigmoid(self.gate(x)) * o), x.shape[-1])
+        return self.norm(nn.sigmoid(self.gate(x)) * o)
 
 
 def _carry(v, log_forget, theta, *, mask=None):

@@ -19,10 +19,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import forget_gate
 from attnjax.ops import linear_recurrence as ops
@@ -52,14 +51,11 @@ def hgrn2(
     return (o, state) if return_state else o
 
 
-class HGRN2(nn.Module):
+class HGRN2(recurrent.Recurrent):
     """The token mixer of section 3 over (B T D); `layer` of `num_layers` sets the lower bound."""
 
-    num_heads: int
-    head_dim: int
     layer: int = 0
     num_layers: int = 1
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = hgrn2
 
     def setup(self):
@@ -72,27 +68,16 @@ class HGRN2(nn.Module):
         self.norm = nn.RMSNorm(**heads, dtype=self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Averages of x's past."""
-        return self.out(self.norm(self.attend(*self._project(x), mask=mask)), x.shape[-1])
-
-    def init_state(self, batch: int, length: int) -> Float[Array, "B N H V"]:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N H V"]:
         return jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
-
-    def extend(
-        self, state: Float[Array, "B N H V"], x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B N H V"], Float[Array, "B T D"]]:
-        """The next T tokens."""
-        o, state = self.attend(*self._project(x), initial_state=state, return_state=True)
-        return state, self.out(self.norm(o), x.shape[-1])
 
     def _project(self, x):
         bound = forget_gate.lower_bound(self.layer, self.num_layers)
         log_forget = forget_gate.log_forget(self.forget(x), bound)
         return nn.sigmoid(self.query(x)), log_forget, nn.silu(self.value(x))
+
+    def _gated(self, o, x):
+        return self.norm(o)  # the gate is the query
 
 
 def _carry(q, log_forget, v, *, mask=None):

@@ -28,10 +28,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, positions, registry
+from attnjax.core import layers, masks, positions, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as ops
 from pallas_kernels import decay_attention as kernels
@@ -80,14 +79,11 @@ def log_decays(num_heads: int, *, layer: int = 0, num_layers: int = 1) -> Float[
     return jnp.asarray(-positions.alibi_slopes(num_heads) * (1 - layer / num_layers))
 
 
-class LightningAttention2(nn.Module):
+class LightningAttention2(recurrent.Recurrent):
     """Gated attention with decay over (B T D); `layer` of `num_layers` sets how slow it decays."""
 
-    num_heads: int
-    head_dim: int
     layer: int = 0
     num_layers: int = 1
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = lightning_attention_2
 
     def setup(self):
@@ -100,29 +96,15 @@ class LightningAttention2(nn.Module):
         self.norm = nn.RMSNorm(use_scale=False, reduction_axes=(-2, -1), dtype=self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Attention of x to its past."""
-        return self._gated(self.attend(*self._project(x), mask=mask), x)
-
-    def init_state(self, batch: int, length: int) -> Float[Array, "B N H V"]:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N H V"]:
         return jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
-
-    def extend(
-        self, state: Float[Array, "B N H V"], x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B N H V"], Float[Array, "B T D"]]:
-        """The next T tokens."""
-        o, state = self.attend(*self._project(x), initial_state=state, return_state=True)
-        return state, self._gated(o, x)
 
     def _project(self, x):
         log_decay = log_decays(self.num_heads, layer=self.layer, num_layers=self.num_layers)
         return nn.silu(self.query(x)), nn.silu(self.key(x)), self.value(x), log_decay
 
     def _gated(self, o, x):
-        return self.out(self.norm(o) * nn.sigmoid(self.gate(x)), x.shape[-1])
+        return self.norm(o) * nn.sigmoid(self.gate(x))
 
 
 def _carry(q, k, v, log_decay, *, mask=None):

@@ -14,15 +14,13 @@ difference to; V is H unless given (the paper's is 2H).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from attnjax.core import layers, masks, positions, registry
+from attnjax.core import layers, masks, positions, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as ops
 from pallas_kernels import decay_attention as kernels
@@ -66,21 +64,11 @@ def log_decays(num_heads: int) -> Float[Array, "N"]:
     return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(num_heads))))
 
 
-class State(NamedTuple):
-    """What is left of the tokens before position `length`."""
-
-    length: Int[Array, ""]
-    memory: Float[Array, "B N H V"]
-
-
-class Retention(nn.Module):
+class Retention(recurrent.Recurrent):
     """Gated multi-scale retention, eq. 8, over (B T D); value_dim None is head_dim."""
 
-    num_heads: int
-    head_dim: int
     value_dim: int | None = None
     rotary_base: float = 10_000.0
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = retention
 
     def setup(self):
@@ -93,30 +81,21 @@ class Retention(nn.Module):
         self.norm = nn.LayerNorm(use_scale=False, use_bias=False, dtype=self.dtype)  # of each head
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Retention of x's past."""
-        return self._gated(self.attend(*self._project(x, 0), mask=mask), x)
+    def _memory(self, batch) -> Float[Array, "B N H V"]:
+        H, V = self.head_dim, self.value_dim or self.head_dim
+        return jnp.zeros((batch, self.num_heads, H, V))
 
-    def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of one size for any `length`."""
-        shape = (batch, self.num_heads, self.head_dim, self.value_dim or self.head_dim)
-        return State(jnp.zeros((), jnp.int32), jnp.zeros(shape))
+    def _before(self, batch) -> Int[Array, ""]:
+        return jnp.zeros((), jnp.int32)  # how many tokens
 
-    def extend(self, state: State, x: Float[Array, "B T D"]) -> tuple[State, Float[Array, "B T D"]]:
-        """The next T tokens."""
-        options = dict(initial_state=state.memory, return_state=True)
-        o, memory = self.attend(*self._project(x, state.length), **options)
-        return State(state.length + x.shape[1], memory), self._gated(o, x)
-
-    def _project(self, x, start):
-        at = start + jnp.arange(x.shape[1])
+    def _project_after(self, x, before, mask):
+        at = before + jnp.arange(x.shape[1])
         rotate = lambda x: positions.rotary(x, at, base=self.rotary_base)
-        return rotate(self.query(x)), rotate(self.key(x)), self.value(x), log_decays(self.num_heads)
+        q, k, v = rotate(self.query(x)), rotate(self.key(x)), self.value(x)
+        return (q, k, v, log_decays(self.num_heads)), before + x.shape[1]
 
     def _gated(self, o, x):
-        return self.out(nn.swish(self.gate(x)) * self.norm(o), x.shape[-1])
+        return nn.swish(self.gate(x)) * self.norm(o)
 
 
 def _carry(q, k, v, log_decay, *, mask=None):

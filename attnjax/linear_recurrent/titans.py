@@ -22,16 +22,15 @@ memory by itself (LMM), without the attention beside it (MAC, MAG, MAL) and its 
 A stack of both, as MAL is, is a pattern of mixers of a model.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry, short_conv
+from attnjax.core import layers, masks, recurrent, registry, short_conv
 from attnjax.core.registry import Claim
 from attnjax.ops import neural_memory as ops
 from attnjax.ops import unit_vectors
@@ -69,22 +68,12 @@ def titans(
     return (o, state) if return_state else o
 
 
-class State(NamedTuple):
-    """What is left of the tokens so far: the memory, and what convolutions still see."""
-
-    memory: ops.State
-    before: tuple[Float[Array, "B P N H"], Float[Array, "B P N H"], Float[Array, "B P N H"]]
-
-
-class Titans(nn.Module):
+class Titans(recurrent.Recurrent):
     """The neural memory of section 4.4 over (B T D), with `depth` matrices for each head."""
 
-    num_heads: int
-    head_dim: int
     depth: int = 2
     chunk: int = 16
     conv_width: int = 4
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = titans
 
     def setup(self):
@@ -98,31 +87,18 @@ class Titans(nn.Module):
         self.momentum = layers.Dense(N, dtype=self.dtype)
         self.forget = layers.Dense(N, dtype=self.dtype)
         self.memory = layers.Table((N, self.depth, H, H), nn.initializers.normal(H**-0.5))
-        self.attend = layers.Attend(self.fn)
+        self.attend = layers.Attend(functools.partial(self.fn, chunk=self.chunk))
         self.norm = nn.RMSNorm(dtype=self.dtype)
         self.gate = layers.HeadProjection(N, H, self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """What the memory learned from x's past."""
-        arrays, _ = self._project(x, (None, None, None), mask)
-        return self._gated(self.attend(*arrays, mask=mask, chunk=self.chunk), x)
+    def _memory(self, batch) -> ops.State:
+        return ops.State.begin(self.memory(), batch)
 
-    def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of one size for any `length`."""
-        before = tuple(part.init_state(batch) for part in (self.query, self.key, self.value))
-        return State(ops.State.begin(self.memory(), batch), before)
+    def _before(self, batch):
+        return tuple(part.init_state(batch) for part in (self.query, self.key, self.value))
 
-    def extend(self, state: State, x: Float[Array, "B T D"]) -> tuple[State, Float[Array, "B T D"]]:
-        """The next T tokens."""
-        arrays, before = self._project(x, state.before, None)
-        options = dict(initial_state=state.memory, return_state=True, chunk=self.chunk)
-        o, memory = self.attend(*arrays, **options)
-        return State(memory, before), self._gated(o, x)
-
-    def _project(self, x, before, mask):
+    def _project_after(self, x, before, mask):
         q, last_q = self.query(x, before[0], mask=mask)
         k, last_k = self.key(x, before[1], mask=mask)
         v, last_v = self.value(x, before[2], mask=mask)
@@ -135,7 +111,7 @@ class Titans(nn.Module):
         return (*units, *gates, self.memory()), (last_q, last_k, last_v)
 
     def _gated(self, o, x):
-        return self.out(self.norm(o) * nn.silu(self.gate(x)), x.shape[-1])
+        return self.norm(o) * nn.silu(self.gate(x))
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:

@@ -18,15 +18,13 @@ the rest of the model (SGLU, norms) is left to `models`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as ops
 from pallas_kernels import decay_attention as kernels
@@ -88,21 +86,11 @@ def angles(num_heads: int, head_dim: int) -> Float[Array, "N H"]:
     return (10_000.0 ** (-2 * jnp.arange(count) / count)).reshape(num_heads, head_dim)
 
 
-class State(NamedTuple):
-    """What is left of the tokens before position `length`."""
-
-    length: Int[Array, ""]
-    memory: Float[Array, "B N F V"]
-
-
-class TransNormerLLM(nn.Module):
+class TransNormerLLM(recurrent.Recurrent):
     """Gated linear attention, eq. 11, over (B T D), as layer number `layer` of `num_layers`."""
 
-    num_heads: int
-    head_dim: int
     layer: int = 0
     num_layers: int = 1
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = transnormerllm
 
     def setup(self):
@@ -117,34 +105,23 @@ class TransNormerLLM(nn.Module):
         self.norm = nn.RMSNorm(use_scale=False, reduction_axes=(-2, -1), dtype=self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Attention of x to its past."""
-        return self._gated(self.attend(*self._project(x, 0), mask=mask), x)
-
-    def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Float[Array, "B N F V"]:
         H = self.head_dim
-        shape = (batch, self.num_heads, H if self.layer else 2 * H, H)
-        return State(jnp.zeros((), jnp.int32), jnp.zeros(shape))
+        return jnp.zeros((batch, self.num_heads, H if self.layer else 2 * H, H))
 
-    def extend(self, state: State, x: Float[Array, "B T D"]) -> tuple[State, Float[Array, "B T D"]]:
-        """The next T tokens."""
-        options = dict(initial_state=state.memory, return_state=True)
-        o, memory = self.attend(*self._project(x, state.length), **options)
-        return State(state.length + x.shape[1], memory), self._gated(o, x)
+    def _before(self, batch) -> Int[Array, ""]:
+        return jnp.zeros((), jnp.int32)  # how many tokens
 
-    def _project(self, x, start):
+    def _project_after(self, x, before, mask):
         log_decay = log_decays(self.num_heads, layer=self.layer, num_layers=self.num_layers)
         arrays = nn.swish(self.query(x)), nn.swish(self.key(x)), self.value(x), log_decay
-        if self.layer:
-            return arrays
-        at = start + jnp.arange(x.shape[1])
-        return *arrays, at[None, :, None, None] * self.theta()[None, None]
+        if self.layer == 0:
+            at = before + jnp.arange(x.shape[1])
+            arrays = *arrays, at[None, :, None, None] * self.theta()[None, None]
+        return arrays, before + x.shape[1]
 
     def _gated(self, o, x):
-        return self.out(self.norm(o) * self.gate(x), x.shape[-1])
+        return self.norm(o) * self.gate(x)
 
 
 def _carry(q, k, v, log_decay, angle=None, *, mask=None):

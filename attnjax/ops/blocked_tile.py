@@ -6,6 +6,7 @@ left factor: XLA's products on CPU are half as fast otherwise. Scores are in uni
 because exp2 is cheaper than exp.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -49,6 +50,16 @@ class Tile(NamedTuple):
         x = x.transpose(0, 2, 3, 1) if self.transposed else x
         return x.reshape(1, -1, *x.shape[2:])
 
+    def within(self, queries, keys):
+        """The tile of two slices of this one's queries and keys."""
+        b, n, row, column = self.start
+        return self._replace(
+            start=(b, n, row + queries.start, column + keys.start),
+            t=self.t[queries],
+            s=self.s[keys],
+            exists=self.exists[keys],
+        )
+
     def corner(self, x):
         """Start and shape of this tile's part of x, which broadcasts to the score matrix."""
         shape = 1, math.prod(self.heads), len(self.t), len(self.s)
@@ -86,6 +97,17 @@ def place(given, options, unit, i, j, *, partial, transposed) -> Tile:
 
 def attend(tile: Tile, carry, q, k, v, learned: Learned):
     """Add a tile to (o, peak, total) of the online softmax. q (P G queries H), k (P keys H)."""
+    if not tile.partial:
+        return _attend(tile, carry, q, k, v, learned)
+    for queries, keys in tile.given.schedule.strips:
+        part, here = tile.within(queries, keys), [x[:, :, queries] for x in carry]
+        added = _attend(part, here, q[:, :, queries], k[:, keys], v[:, keys], learned)
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=queries.start, axis=2)
+        carry = tuple(map(put, carry, added))
+    return carry
+
+
+def _attend(tile, carry, q, k, v, learned):
     o, peak, total = carry
     x = _product(_rows(q), k.mT).reshape(*q.shape[:-1], -1)
     y = _masked(tile, _scores(tile, x, tile.part(learned.bias), learned.captured))

@@ -10,9 +10,10 @@ decay goes by position, as the equation says.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from attnjax.core import masks
+from attnjax.ops import state_masks
 from pallas_kernels import decay_attention as kernels
 
 
@@ -40,10 +41,10 @@ def decay_attention(
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
     return kernels.decay_attention(
         q,
-        only_valid(k, valid),
+        state_masks.only_valid(k, valid),
         v,
         log_decay,
-        segments=documents(segments, by),
+        segments=state_masks.documents(segments, by),
         initial_state=initial_state,
         implementation=implementation,
     )
@@ -59,33 +60,4 @@ def carry(
     """
     _, _, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
     factor = jnp.exp(jax.lax.stop_gradient(log_decay) * T)[None, :, None, None]
-    return only_first(factor, segments)
-
-
-def only_first(
-    factor: Float[Array, "#B N G 1"], segments: tuple[masks.Segments, ...]
-) -> Float[Array, "#B N G 1"]:
-    """A factor of the initial state that is zero where a second segment begins."""
-    for part in segments:
-        factor = jnp.where((part.q == part.q[:, :1]).all(1)[:, None, None, None], factor, 0.0)
-    return factor
-
-
-def only_valid(
-    k: Float[Array, "B S N H"], valid: tuple[masks.Valid, ...]
-) -> Float[Array, "B S N H"]:
-    """Keys, or features of keys, that are zero where any of the masks says padding."""
-    for part in valid:
-        k = jnp.where(part.keys[:, :, None, None], k, 0)
-    return k
-
-
-def documents(segments: tuple[masks.Segments, ...], by: str) -> Int[Array, "B T"] | None:
-    """A number for each run of tokens that no mask divides; None without masks.
-
-    Raises NotImplementedError, naming who asks (`by`), for keys with numbers of their own.
-    """
-    if any(part.kv is not None for part in segments):
-        raise NotImplementedError(f"{by} can't honour Segments with ids of their own for keys")
-    changes = [jnp.diff(part.q, axis=1, prepend=part.q[:, :1]) != 0 for part in segments]
-    return sum(jnp.cumsum(change, 1) for change in changes) if changes else None
+    return state_masks.only_first(factor, segments)

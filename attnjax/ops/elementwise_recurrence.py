@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from attnjax.core import masks
-from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 
 
 def elementwise_recurrence(
@@ -42,7 +42,7 @@ def elementwise_recurrence(
     if a.shape != x.shape or x.shape[1] == 0 or chunk < 1:
         raise ValueError(f"a {a.shape} and x {x.shape} must be alike, not empty, and {chunk=} >= 1")
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
-    a, x = _masked(a, x, valid, decays.documents(segments, by))
+    a, x = _masked(a, x, valid, state_masks.documents(segments, by))
     given = [a, x] if initial_state is None else [a, x, initial_state]
     dtype = jnp.result_type(jnp.float32, *given)
     state = jnp.zeros_like(x[:, 0], dtype)  # varies on a mesh as x does

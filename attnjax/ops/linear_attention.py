@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from attnjax.core import masks
 from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 
 _LEAST = 1e-18  # a normaliser whose inverse square, in its gradient, is still a float32
 
@@ -46,7 +47,7 @@ def linear_attention(
         options = dict(mask=mask, initial_state=initial_state, implementation="xla", by=by)
         o, state = decays.decay_attention(q, k, v, no_decay, **options)
     else:
-        state = jnp.einsum("BSNF,BSNV->BNFV", decays.only_valid(k, valid), v)
+        state = jnp.einsum("BSNF,BSNV->BNFV", state_masks.only_valid(k, valid), v)
         if initial_state is not None:
             state = state + initial_state
         o = jnp.einsum("BTNF,BNFV->BTNV", q, state)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnjax.core import masks
-from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 from pallas_kernels import linear_recurrence as kernels
 
 
@@ -39,14 +39,14 @@ def linear_recurrence(
     """
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
     if log_decay is not None:
-        log_decay = decays.only_valid(log_decay, valid)
+        log_decay = state_masks.only_valid(log_decay, valid)
     return kernels.linear_recurrence(
         q,
-        decays.only_valid(k, valid),
+        state_masks.only_valid(k, valid),
         v,
         log_decay=log_decay,
         beta=beta,
-        segments=decays.documents(segments, by),
+        segments=state_masks.documents(segments, by),
         initial_state=initial_state,
     )
 
@@ -59,6 +59,6 @@ def carry(
     It is 0 where another segment begins. Raises NotImplementedError as `linear_recurrence` does.
     """
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
-    log_decay = decays.only_valid(log_decay, valid)
+    log_decay = state_masks.only_valid(log_decay, valid)
     factor = jnp.exp(log_decay.astype(jnp.float32).sum(1))[..., None]
-    return decays.only_first(factor, segments)
+    return state_masks.only_first(factor, segments)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnjax.core import masks
+from attnjax.ops import state_masks
 from pallas_kernels.linear_recurrence import chunk as chunks
 
 _EXACT = 64  # tokens of a linear memory that are taken at once
@@ -103,10 +104,7 @@ def _scan(body, tokens, state, chunk, size, start):
 def _seen(mask, k, by):
     """1 for a token that the memory learns, else 0: (B T N 1)."""
     _, valid = masks.select(mask, masks.Causal, masks.Valid, by=by)
-    seen = jnp.ones((*k.shape[:3], 1))
-    for part in valid:
-        seen = jnp.where(part.keys[:, :, None, None], seen, 0)
-    return seen
+    return state_masks.only_valid(jnp.ones((*k.shape[:3], 1)), valid)
 
 
 def _cut(x, start, count, size):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnjax.core import masks
-from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 from pallas_kernels import selective_scan as kernels
 
 
@@ -44,13 +44,13 @@ def selective_scan(
     """
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by=by)
     return kernels.selective_scan(
-        decays.only_valid(x, valid),
-        decays.only_valid(delta, valid),
+        state_masks.only_valid(x, valid),
+        state_masks.only_valid(delta, valid),
         rate,
         b,
         c,
         skip,
-        segments=decays.documents(segments, by),
+        segments=state_masks.documents(segments, by),
         initial_state=initial_state,
     )
 
@@ -63,9 +63,10 @@ def carry(
     Raises NotImplementedError as `selective_scan` does.
     """
     _, valid, segments = masks.select(mask, masks.Causal, masks.Valid, masks.Segments, by="carry")
-    time = decays.only_valid(delta, valid).astype(jnp.float32).sum(1)
+    time = state_masks.only_valid(delta, valid).astype(jnp.float32).sum(1)
     factor = jnp.exp(time[..., None] * rate.astype(jnp.float32)[None])
-    return decays.only_first(factor.reshape(*time.shape[:2], -1, 1), segments).reshape(factor.shape)
+    flat = factor.reshape(*time.shape[:2], -1, 1)
+    return state_masks.only_first(flat, segments).reshape(factor.shape)
 
 
 def choose(

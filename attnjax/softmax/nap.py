@@ -30,12 +30,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry
+from attnjax.core import layers, masks, recurrent, registry
 from attnjax.core.registry import Claim
 from attnjax.ops import decay_attention as decays
+from attnjax.ops import state_masks
 
 _EPS = 1e-6
 
@@ -100,16 +100,13 @@ def _add_up(q, k, u, state, *, mask):
         return decays.decay_attention(q, k, u, jnp.zeros(q.shape[2]), **options)
     if segments:
         raise NotImplementedError("nap can honour Segments only together with Causal")
-    state = jnp.einsum("BSNF,BSNU->BNFU", decays.only_valid(k, valid), u)
+    state = jnp.einsum("BSNF,BSNU->BNFU", state_masks.only_valid(k, valid), u)
     return jnp.einsum("BTNF,BNFU->BTNU", q, state), state
 
 
-class Nap(nn.Module):
+class Nap(recurrent.Recurrent):
     """Multi-head NAP over (B T D), with the authors' norm and GELU before P_o."""
 
-    num_heads: int
-    head_dim: int
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = nap
 
     def setup(self):
@@ -124,30 +121,15 @@ class Nap(nn.Module):
         self.norm = nn.LayerNorm(reduction_axes=heads, feature_axes=heads, dtype=self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """Attention of x to itself; `mask` says what each token sees."""
-        return self._output(self.attend(*self._project(x), mask=mask), x)
-
-    def init_state(self, batch: int, length: int) -> Moments:
-        """The state before the first token, of one size for any `length`."""
+    def _memory(self, batch) -> Moments:
         B, N, H = batch, self.num_heads, self.head_dim
         return Moments(jnp.zeros((B, N, 1, 2 * H + 1)), jnp.zeros((B, N, H, 2 * H)))
-
-    def extend(
-        self, state: Moments, x: Float[Array, "B T D"]
-    ) -> tuple[Moments, Float[Array, "B T D"]]:
-        """The next T tokens, each of which sees those before it and itself."""
-        options = dict(mask=masks.Causal(), initial_state=state, return_state=True)
-        o, state = self.attend(*self._project(x), **options)
-        return state, self._output(o, x)
 
     def _project(self, x):
         return self.query(x), self.key(x), self.value(x), self.gain(), self.bias()
 
-    def _output(self, o, x):
-        return self.out(nn.gelu(self.norm(o)), x.shape[-1])
+    def _gated(self, o, x):
+        return nn.gelu(self.norm(o))
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, Int
 
 from attnjax.core import decode, layers, masks, positions, registry
 from attnjax.core.registry import Claim
-from attnjax.ops import decay_attention as decays
 from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import state_masks
 
 
 def rcmha(
@@ -84,7 +84,7 @@ def convolve(
     _, valid, segments = masks.select(mask, *kinds, by="rcmha")
     if any(part.kv is not None for part in segments):
         raise NotImplementedError("rcmha can't honour Segments with ids of their own for keys")
-    x, y = decays.only_valid(x, valid), 0.0
+    x, y = state_masks.only_valid(x, valid), 0.0
     for w, weight in enumerate(kernel.astype(x.dtype)):
         past = _shift(x, w)
         for part in segments:

@@ -20,15 +20,13 @@ and by which the layer is split over devices; one head is the paper's. The convo
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, registry, selection, short_conv
+from attnjax.core import layers, masks, recurrent, registry, selection, short_conv
 from attnjax.core.registry import Claim
 from attnjax.ops import selective_scan as ops
 
@@ -59,26 +57,17 @@ def mamba(
     return (y, state) if return_state else y
 
 
-class State(NamedTuple):
-    """What is left of the tokens so far: h, and what the convolution still sees."""
-
-    memory: Float[Array, "B N H M"]
-    before: Float[Array, "B P N H"]
-
-
-class Mamba(nn.Module):
+class Mamba(recurrent.Recurrent):
     """The block of section 3.4 over (B T D), of `expand` head_dim channels in each head.
 
-    `state` and `rank` as in `core.selection`.
+    `state` and `rank` as in `core.selection`. What is remembered is h, and what the convolution
+    still sees.
     """
 
-    num_heads: int
-    head_dim: int
     expand: int = 2
     state: int = 16
     rank: int | None = None
     conv_width: int = 4
-    dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = mamba
 
     def setup(self):
@@ -89,27 +78,18 @@ class Mamba(nn.Module):
         self.gate = layers.HeadProjection(N, H, self.dtype)
         self.out = layers.OutputProjection(self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T D"]:
-        """What x's past has left in the state."""
-        u, _ = self.input(x, mask=mask)
-        return self._gated(self.attend(u, *self.selection(), mask=mask), x)
+    def _memory(self, batch) -> Float[Array, "B N H M"]:
+        return jnp.zeros((batch, self.num_heads, self.expand * self.head_dim, self.state))
 
-    def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of one size for any `length`."""
-        shape = batch, self.num_heads, self.expand * self.head_dim, self.state
-        return State(jnp.zeros(shape), self.input.init_state(batch))
+    def _before(self, batch):
+        return self.input.init_state(batch)
 
-    def extend(self, state: State, x: Float[Array, "B T D"]) -> tuple[State, Float[Array, "B T D"]]:
-        """The next T tokens."""
-        u, before = self.input(x, state.before)
-        options = dict(initial_state=state.memory, return_state=True)
-        y, memory = self.attend(u, *self.selection(), **options)
-        return State(memory, before), self._gated(y, x)
+    def _project_after(self, x, before, mask):
+        u, before = self.input(x, before, mask=mask)
+        return (u, *self.selection()), before
 
     def _gated(self, y, x):
-        return self.out(y * nn.silu(self.gate(x)), x.shape[-1])
+        return y * nn.silu(self.gate(x))
 
 
 def _carry(u, select, widen, bias, log_rate, skip, *, mask=None):

@@ -74,6 +74,7 @@ def test_every_mechanism_is_trained_measured_and_shown(finished):
         assert all(cost["seconds"] > 0 and cost["memory"] > 4000 for cost in row["costs"])
         assert abs(row["parameters"] / found["parameters"] - 1) <= found["tolerance"]
     assert found["machine"].strip() in page
+    assert {path.stem for path in finished.glob("*.png")} == {"curves", "states", "costs"}
 
 
 def test_the_page_is_one_file(finished):

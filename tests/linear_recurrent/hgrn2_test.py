@@ -45,7 +45,7 @@ def test_a_larger_state_needs_no_more_parameters():
         module = lib.HGRN2(num_heads=heads, head_dim=head_dim)
         params = jax.eval_shape(module.init, KEY, x)
         counts.append(sum(p.size for p in jax.tree.leaves(params)))
-        sizes.append(module.apply({}, 1, 8, method="init_state").size)
+        sizes.append(module.apply({}, 1, 8, method="init_state").memory.size)
     assert counts[0] == counts[1] == counts[2] and sizes == [16, 64, 256]
 
 

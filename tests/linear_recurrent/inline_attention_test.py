@@ -41,7 +41,7 @@ def test_a_query_can_be_read_off_its_weights():
     centred = (k - k.mean((1, 2), keepdims=True)).reshape(2, S, N, H).swapaxes(1, 2)
     scores = (weights(q, k) - 1 / S) * S * H**0.5
     read = jnp.einsum("BNTS,BNHS->BTNH", scores, jnp.linalg.pinv(centred))
-    chex.assert_trees_all_close(read, flat(q), rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(read, flat(q), rtol=1e-5, atol=1e-5)
 
     divided = lambda q: linear_attention.linear_attention(
         jax.nn.relu(flat(q)), jax.nn.relu(flat(k)), flat(v)
@@ -71,7 +71,7 @@ def test_keys_may_move_together():
     q, k, v = draw()
     kernel = jax.random.normal(KEY, (2, 3, 3, N, H))
     run = lambda k: lib.inline_attention(q, k, v, kernel)
-    chex.assert_trees_all_close(run(k + 3), run(k), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(run(k + 3), run(k), rtol=1e-5, atol=1e-5)
 
 
 def test_the_local_term_is_added_by_image_and_channel():

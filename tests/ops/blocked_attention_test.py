@@ -197,3 +197,27 @@ def test_exp2():
 def test_tiles_fit_the_mask(mask, size):
     plan = blocked_schedule.schedule(mask, np.arange(4096), np.arange(4096), K=8, G=1)
     assert (plan.block_q, plan.block_k) == (size, size)
+
+
+def test_strips_of_partial_tiles():
+    causal = blocked_schedule.schedule(masks.Causal(), np.arange(1024), np.arange(1024), K=2, G=1)
+    upper, lower = (slice(0, 256), slice(0, 256)), (slice(256, 512), slice(0, 512))
+    assert causal.strips == (upper, lower)
+    both = masks.Window(1024, 0)  # the tiles at its left end need what those at the right don't
+    both = blocked_schedule.schedule(both, np.arange(4096), np.arange(4096), K=2, G=1)
+    assert both.strips == ((slice(0, both.block_q), slice(0, both.block_k)),)
+
+
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Causal() & masks.Prefix(90)])
+def test_strips_equal_the_dense_form(monkeypatch, mask):
+    monkeypatch.setattr(blocked_schedule, "_TILE", 64)
+    q, k, v, bias = *qkv(T=200), *normal((1, 4, 200, 200))
+    drop = dropout.Dropout(0.3, jax.random.key(2))
+
+    def attend(q, k, v, bias, implementation):
+        options = dict(mask=mask, bias=bias, dropout=drop, implementation=implementation)
+        return ops.dot_product_attention(q, k, v, **options)
+
+    run = lambda x: with_gradients(functools.partial(attend, implementation=x), (0, 1, 2, 3))
+    assert len(blocked_schedule.schedule(mask, *[np.arange(200)] * 2, K=2, G=2).strips) > 1
+    assert_close(run("blocked")(q, k, v, bias), run("dense")(q, k, v, bias))
