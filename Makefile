@@ -22,9 +22,11 @@ lint: .venv/installed  ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-docs: .venv/installed  ## write docs/catalogue.md anew from the records
+docs: .venv/installed  ## write the pages that are made from the records anew
 	$(PY) -m attnjax.cli papers --markdown > .venv/catalogue.md
 	mv .venv/catalogue.md docs/catalogue.md
+	$(PY) -m attnjax.parallel.matrix > .venv/context_parallelism.md
+	mv .venv/context_parallelism.md docs/context_parallelism.md
 
 # Installs again when setup.py or constraints.txt has changed, else not.
 .venv/installed: setup.py constraints.txt

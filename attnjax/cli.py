@@ -36,6 +36,11 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a training step for accelerators that aren't here: memory, work and traffic."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Reproduce:
     """Try out what a paper claims, at the size of this machine."""
 
@@ -45,6 +50,7 @@ _EXPERIMENTS = {
     "evaluate": Evaluate,
     "benchmark": Benchmark,
     "compare": Compare,
+    "plan": Plan,
     "reproduce": Reproduce,
 }
 _COMMANDS = {

@@ -18,8 +18,8 @@ from attnjax.core import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 _UNIMPORTANT = ("directory", "log_every", "eval_every", "save_every", "keep", "mesh", "parallel",
-                "cpu_devices", "allow_changes", "dry_run", "coordinator", "num_processes",
-                "process_id", "num_workers")  # fmt: skip
+                "strategy", "cpu_devices", "allow_changes", "dry_run", "coordinator",
+                "num_processes", "process_id", "num_workers")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,9 @@ class Experiment:
     """Checkpoints kept."""
     mesh: Mesh = Mesh()
     """Devices along the axes data, fsdp, context and tensor."""
+    strategy: str = ""
+    """Of context parallelism with its options, as in "ring(order='zigzag')", for the mechanisms
+    that have it; the others, and all where it is empty, take the first that they name."""
     parallel: Literal["jit", "pmap"] = "jit"
     """jit over the mesh, or pmap over data alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"

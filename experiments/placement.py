@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax import parallel
-from attnjax.core import sharding
+from attnjax.core import registry, sharding
 from experiments import config as configs
 from experiments import evaluation, learning
 
@@ -45,11 +45,21 @@ def make_mesh(config):
     return mesh
 
 
-def context_parallel(mesh):
-    """What a model's mechanisms get as `parallel`: their function with its sequence sharded."""
+def context_parallel(mesh, config=None):
+    """What a model's mechanisms get as `parallel`: their function with its sequence sharded.
+
+    ValueError where none of a config's mixers has the strategy that it names.
+    """
+    wanted = config.strategy if config else ""
+    name = registry.parse_call(wanted)[0] if wanted else ""
+    mixers = [registry.get(registry.parse(text)[0]) for text in config.mixers] if wanted else []
+    if wanted and not any(name in record.context for record in mixers):
+        have = sorted({each for record in mixers for each in record.context})
+        raise ValueError(f"strategy={wanted!r} must be one of the mixers': {', '.join(have)}")
     if mesh.shape["context"] == 1:
         return None
-    return lambda record: parallel.shard(None, record, mesh)
+    choose = lambda record: wanted if name in record.context else None
+    return lambda record: parallel.shard(choose(record), record, mesh)
 
 
 def place(config, model, example, mesh) -> Placed:
@@ -74,7 +84,7 @@ def prepare(config):
     _, source = configs.make_task(config.task, "train")
     mesh = make_mesh(config)
     description = learning.model_description(config, source)
-    model = learning.make_model(description, parallel=context_parallel(mesh))
+    model = learning.make_model(description, parallel=context_parallel(mesh, config))
     example = next(evaluation.padded_batches(source, config.batch_size))
     return place(config, model, example, mesh), example
 

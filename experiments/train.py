@@ -77,7 +77,7 @@ def train(config: configs.Experiment) -> int:
     # ---- model, step and mesh ----
     mesh = placement.make_mesh(config)
     description = learning.model_description(config, source)
-    model = learning.make_model(description, parallel=placement.context_parallel(mesh))
+    model = learning.make_model(description, parallel=placement.context_parallel(mesh, config))
     placed = placement.place(config, model, example, mesh)
     if config.dry_run:
         dry_run.show(config, placed, example, mesh)

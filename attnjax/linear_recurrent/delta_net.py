@@ -126,8 +126,10 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
+            Claim.CONTEXT_PARALLEL,
             Claim.DENSE_TWIN,
             Claim.FORWARD_MODE,
         }
     ),
+    context=("pass_state", "all_to_all"),
 )

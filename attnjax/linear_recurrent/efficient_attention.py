@@ -129,8 +129,10 @@ SPEC = registry.Mechanism(
             Claim.PERMUTATION_EQUIVARIANT,
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
+            Claim.CONTEXT_PARALLEL,
             Claim.DENSE_TWIN,
             Claim.FORWARD_MODE,
         }
     ),
+    context=("all_to_all",),
 )

@@ -143,6 +143,6 @@ SPEC = registry.Mechanism(
             Claim.FORWARD_MODE,
         }
     ),
-    context=("pass_state",),
+    context=("pass_state", "all_to_all"),
     carry=_carry,
 )

@@ -165,6 +165,6 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
         }
     ),
-    context=("pass_state",),
+    context=("pass_state", "all_to_all"),
     carry=_carry,
 )

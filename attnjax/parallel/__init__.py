@@ -1,53 +1,62 @@
 """Context parallelism as transforms of a pure function: one strategy a file.
 
-    fn = parallel.shard("ring", registry.get("gqa"), mesh)
+    fn = parallel.shard("ring(order='zigzag')", registry.get("gqa"), mesh)
     o = jax.jit(fn)(q, k, v, mask=masks.Causal())        # as gqa(q, k, v, ...), T over four devices
     models.create("lm", ..., parallel=functools.partial(parallel.shard, None, mesh=mesh))
 
 Arrays are global. Within, each device holds a piece of batch (mesh axes data, fsdp), sequence
 (context) and heads (tensor); which axis is which is read off the function's annotations.
+What each strategy honours: docs/context_parallelism.md.
 """
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 
 import jax
 
 from attnjax.core import registry
-from attnjax.parallel import split
+from attnjax.parallel import indices, layout, split
 
 
 def shard(
     strategy: str | None,
     record: registry.Mechanism,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     *,
     axis: str = "context",
 ) -> Callable:
     """`record.fn` with its sequence split over the mesh axis `axis`: same arguments, same result.
 
-    strategy None is the first that the record names. A length that doesn't divide is filled up
-    within; a batch or heads that don't divide are kept whole in each device.
+    strategy is a name with options; None is the first that the record names. A length that doesn't
+    divide is filled up within; a batch or heads that don't divide are kept whole in each device.
 
-    Raises ValueError for a strategy that the record doesn't name or an axis that the mesh lacks.
-    The new function raises NotImplementedError for arguments that the strategy can't honour.
+    Raises ValueError for a strategy that the record doesn't name, an option that it hasn't, or an
+    axis that the mesh lacks. The new function raises NotImplementedError for arguments that the
+    strategy can't honour, saying what would work.
     """
     local = _load(strategy, record)
     if axis not in mesh.shape:
         raise ValueError(f"{axis=} must be one of the mesh's {', '.join(mesh.axis_names)}")
+    multiple = local.multiple(mesh.shape[axis])
 
     @functools.wraps(record.fn)
     def sharded(*args, **options):
         call = split.bind(record.fn, args, options)
-        local.check(record, call)
-        places = split.Places(mesh, axis, call)
+        places = layout.Places(mesh, axis, call, multiple=multiple)
+        local.check(record, call, places)
         call = places.fill_up(call)
         leaves, tree = jax.tree.flatten(call.mask)
 
         def body(arrays, leaves):
-            here = call._replace(arrays=arrays, mask=tree.unflatten(leaves))
-            return local.run(record, here, axis=axis, lengths=places.sizes)
+            first = dict(batch=places.first("B"), head=places.first("N"))
+            here = call._replace(
+                arrays=arrays,
+                mask=tree.unflatten(leaves),
+                options=indices.shifted(call.options, **first),
+            )
+            return local.run(record, here, places)
 
         specs = places.of_arrays(call), places.of_mask(call.mask)
         run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=places.of_output(call))
@@ -56,13 +65,20 @@ def shard(
     return sharded
 
 
-def _load(strategy, record):
+def _load(text, record):
     name = record.fn.__name__
     if not record.context:
         known = registry.of_kind(registry.Mechanism).items()
         others = [name for name, record in known if record.context][:4]
         raise ValueError(f"{name} has no strategy of context parallelism; {', '.join(others)} have")
-    strategy = record.context[0] if strategy is None else strategy
+    strategy, options = registry.parse_call(record.context[0] if text is None else text)
     if strategy not in record.context:
         raise ValueError(f"{strategy=} must be one of {name}'s: {', '.join(record.context)}")
-    return importlib.import_module(f"attnjax.parallel.{strategy}").STRATEGY
+    parts = importlib.import_module(f"attnjax.parallel.{strategy}").STRATEGY
+    parameters = inspect.signature(parts.run).parameters.values()
+    choices = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in choices:
+            nearest = registry.nearest(option, choices)
+            raise ValueError(f"{strategy} has no option {option!r}{nearest}")
+    return split.Strategy(*(functools.partial(part, **options) for part in parts))

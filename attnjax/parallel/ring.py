@@ -5,8 +5,12 @@ r"""Ring attention: keys and values travel around the devices, and partial softm
 
 over the pieces i of the keys. Source: Liu et al., "Ring Attention with Blockwise Transformers",
 algorithm 1. Memory is O(T / P) on each of P devices: in the backward pass keys and values travel
-once more, their gradients beside them, and the outputs of the pieces are computed again. Device i
-holds the i-th run of tokens, so under a causal mask the last devices work the most.
+once more, their gradients behind them, and the outputs of the pieces are computed again. Every
+message leaves while a piece is computed.
+
+Options: `order` says which tokens a device holds (`parallel.travel`): they are sent there before
+and the outputs back after. `gradients` is the dtype in which gradients of keys and values travel;
+each device adds its part in float32.
 """
 
 import functools
@@ -20,70 +24,122 @@ from jax import lax
 from attnjax.core import masks
 from attnjax.ops import blocked_arguments
 from attnjax.ops import dot_product_attention as ops
-from attnjax.parallel import split
+from attnjax.parallel import layout, split, travel
 
-_HONOURED = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "implementation")
-
-
-def _check(record, call):
-    split.only(record, call, _HONOURED, by="ring")
+HONOURED = ("q", "k", "v", "mask", "bias", "scale", "softcap", "sinks", "dropout", "implementation")
 
 
-def _run(record, call, *, axis, lengths):
-    q, k, v = (call.arrays[name] for name in "qkv")
+def _check(record, call, places, *, order="contiguous", gradients="float32"):
+    if gradients not in ("float32", "bfloat16"):
+        raise ValueError(f"{gradients=} must be 'float32' or 'bfloat16'")
+    split.only(record, call, HONOURED, by="ring")
+
+
+def _multiple(size, *, order="contiguous", gradients="float32"):
+    return travel.multiple(order, size)
+
+
+def _run(record, call, places, *, order="contiguous", gradients="float32"):
+    ring = travel.Ring(places.axis)
+    return attention(call, places, ring, order=order, gradients=gradients)
+
+
+def attention(
+    call: split.Call,
+    places: layout.Places,
+    ring: travel.Ring,
+    *,
+    order: travel.Order,
+    gradients: str = "float32",
+):
+    """Softmax attention of the contiguous pieces that devices in a ring hold: B T N V."""
+    q, k, v = (ring.arrange(call.arrays[name], order, 1) for name in "qkv")
+    bias = call.arrays.get("bias")
+    if bias is not None and "T" in call.letters["bias"]:
+        bias = ring.arrange(bias, order, 2)
+    S = places.sizes["S"]
     mask = call.mask
-    if lengths["S"] < k.shape[1] * lax.axis_size(axis):  # keys that only fill up the last piece
-        real = masks.Prefix(lengths["S"])
+    if k.shape[1] * ring.size > S:  # keys that only fill up the last pieces
+        real = masks.Prefix(S)
         mask = real if mask is None else mask & real
-    leaves, tree = jax.tree.flatten(mask)
-    options = {name: x for name, x in call.options.items() if name in _HONOURED}
+    options = {name: x for name, x in call.options.items() if name in HONOURED}
+    leaves, tree = jax.tree.flatten((mask, options.pop("dropout", None)))
     attend = functools.partial(ops.dot_product_attention, return_lse=True, **options)
+    steps = travel.needed(mask, order, ring.size, q.shape[1], k.shape[1])
     # gradients of arrays that are whole in some axes are summed where this casts
-    qkv = blocked_arguments.varying((q, k, v), like=(q, k, v, leaves))
-    o, lse = _attend(_Ring(axis, attend, tree), *qkv, leaves)
+    learned = blocked_arguments.varying((q, k, v, bias), like=(q, k, v, leaves))
+    o, lse = _attend(_Pieces(ring, order, attend, tree, steps, gradients), *learned, leaves)
     if "sinks" in call.arrays:
         with_sink = jnp.logaddexp(lse, call.arrays["sinks"].astype(jnp.float32)[None, None])
         o = o * jnp.exp(lse - with_sink)[..., None]
-    return o.astype(v.dtype)
+    return ring.restore(o.astype(v.dtype), order, 1)
 
 
-class _Ring(NamedTuple):
+class _Pieces(NamedTuple):
     """What is known while tracing."""
 
-    axis: str
-    attend: Callable  # (q, k, v, *, mask, positions) -> (o, lse)
-    tree: jax.tree_util.PyTreeDef  # of the mask
+    ring: travel.Ring
+    order: travel.Order
+    attend: Callable  # (q, k, v, *, mask, bias, dropout, positions) -> (o, lse)
+    tree: jax.tree_util.PyTreeDef  # of the mask and dropout
+    steps: tuple[int, ...]
+    gradients: str  # dtype in which they travel
 
-    def piece(self, i, leaves, q, k, v):
-        """(o, lse) of the queries here over the keys that have arrived after i rotations."""
-        here, size = lax.axis_index(self.axis), lax.axis_size(self.axis)
-        t = here * q.shape[1] + jnp.arange(q.shape[1])
-        s = (here - i) % size * k.shape[1] + jnp.arange(k.shape[1])
-        return self.attend(q, k, v, mask=self.tree.unflatten(leaves), positions=(t, s))
+    def keys(self, i, k):
+        """Positions of the keys that are here after i rotations."""
+        source = (self.ring.here - i) % self.ring.size
+        return travel.positions(self.order, source, self.ring.size, k.shape[1])
 
-    def rotate(self, arrays):
-        """The arrays of the device before this one, in a tree."""
-        size = lax.axis_size(self.axis)
-        return lax.ppermute(arrays, self.axis, [(i, (i + 1) % size) for i in range(size)])
+    def piece(self, i, leaves, q, k, v, bias):
+        """(o, lse) of the queries here over those keys; `bias` is cut to them."""
+        t = travel.positions(self.order, self.ring.here, self.ring.size, q.shape[1])
+        mask, dropout = self.tree.unflatten(leaves)
+        options = dict(mask=mask, bias=bias, dropout=dropout, positions=(t, self.keys(i, k)))
+        return self.attend(q, k, v, **options)
+
+    def send(self, grads, by):
+        """Gradients of keys and values of the device `by` places before."""
+        if by % self.ring.size == 0:
+            return grads
+        narrow = jax.tree.map(lambda g: g.astype(self.gradients), grads)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), self.ring.rotate(narrow, by))
+
+    def tour(self, visit, carry, kv):
+        """`carry = visit(i, rotations since the last visit, carry, kv)` for all steps."""
+        steps = self.steps
+        if len(steps) > 2 and steps == tuple(range(len(steps))):
+
+            def step(x, i):
+                carry, kv = x
+                return (visit(i, 1, carry, kv), self.ring.rotate(kv)), None
+
+            (carry, kv), _ = lax.scan(step, (carry, kv), jnp.arange(len(steps) - 1))
+            return visit(steps[-1], 1, carry, kv)
+        for before, i in zip((0, *steps), steps, strict=False):  # few, or with gaps between
+            kv = self.ring.rotate(kv, i - before)
+            carry = visit(i, i - before, carry, kv)
+        return carry
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring, q, k, v, leaves):
-    def see(i, o, lse, kv):
-        part, part_lse = ring.piece(i, leaves, q, *kv)
+def _attend(pieces, q, k, v, bias, leaves):
+    def visit(i, _, carry, kv):
+        o, lse = carry
+        cut = _columns(bias, pieces.keys(i, kv[0]))
+        part, part_lse = pieces.piece(i, leaves, q, *kv, cut)
         total = jnp.logaddexp(lse, part_lse)
         keep, add = _share(lse, total), _share(part_lse, total)
         return o * keep + part * add, total
 
-    def step(carry, i):
-        o, lse, kv = carry
-        return (*see(i, o, lse, kv), ring.rotate(kv)), None
-
-    last = lax.axis_size(ring.axis) - 1
     o = blocked_arguments.zeros((*q.shape[:-1], v.shape[-1]), like=q)
-    carry, _ = lax.scan(step, (o, o[..., 0] - jnp.inf, (k, v)), jnp.arange(last))
-    o, lse = see(last, *carry)
+    o, lse = pieces.tour(visit, (o, o[..., 0] - jnp.inf), (k, v))
     return o.astype(v.dtype), lse
+
+
+def _columns(bias, s):
+    """The columns of a bias (B N T S) at positions s."""
+    whole = bias is None or bias.shape[3] == 1
+    return bias if whole else jnp.take(bias, jnp.minimum(s, bias.shape[3] - 1), 3, mode="clip")
 
 
 def _share(lse, total):
@@ -91,32 +147,43 @@ def _share(lse, total):
     return jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total))[..., None]
 
 
-def _forward(ring, q, k, v, leaves):
-    o, lse = _attend(ring, q, k, v, leaves)
-    return (o, lse), (q, k, v, leaves, o, lse)
+def _forward(pieces, q, k, v, bias, leaves):
+    o, lse = _attend(pieces, q, k, v, bias, leaves)
+    return (o, lse), (q, k, v, bias, leaves, o, lse)
 
 
-def _backward(ring, residuals, cotangents):
-    (q, k, v, leaves, o, lse), (do, dlse) = residuals, cotangents
+def _backward(pieces, residuals, cotangents):
+    (q, k, v, bias, leaves, o, lse), (do, dlse) = residuals, cotangents
     do = do.astype(jnp.float32)
     delta = jnp.sum(do * o, -1) - dlse
 
-    def step(carry, i):
-        dq, (kv, dkv) = carry
-        (part, part_lse), pull = jax.vjp(functools.partial(ring.piece, i, leaves), q, *kv)
+    def visit(i, since, carry, kv):
+        dq, dbias, dkv = carry
+        s = pieces.keys(i, kv[0])
+        piece = functools.partial(pieces.piece, i, leaves)
+        (part, part_lse), pull = jax.vjp(piece, q, *kv, _columns(bias, s))
         share = _share(part_lse, lse)
         dpart_lse = share[..., 0] * (jnp.sum(do * part, -1) - delta)
-        grads = pull(((share * do).astype(part.dtype), dpart_lse))
-        dq, *dkv = jax.tree.map(jnp.add, (dq, *dkv), grads)
-        return (dq, ring.rotate((kv, tuple(dkv)))), None
+        *grads, dcut = pull(((share * do).astype(part.dtype), dpart_lse))
+        arrived = pieces.send(dkv, since)  # beside the computation: it needs nothing of it
+        dq, *dkv = jax.tree.map(jnp.add, (dq, *arrived), tuple(grads))
+        return dq, _add_columns(dbias, dcut, s), tuple(dkv)
 
-    dq, dk, dv = (blocked_arguments.zeros(x.shape, like=x) for x in (q, k, v))
-    carry = dq, ((k, v), (dk, dv))
-    # after as many rotations as there are devices, gradients are back with their keys
-    (dq, (_, (dk, dv))), _ = lax.scan(step, carry, jnp.arange(lax.axis_size(ring.axis)))
-    return *(g.astype(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v))), None
+    learned = (q, k, v, bias)
+    dq, dk, dv, dbias = jax.tree.map(lambda x: blocked_arguments.zeros(x.shape, like=x), learned)
+    dq, dbias, dkv = pieces.tour(visit, (dq, dbias, (dk, dv)), (k, v))
+    dk, dv = pieces.send(dkv, -pieces.steps[-1])  # home
+    grads = dq, dk, dv, dbias
+    return *jax.tree.map(lambda g, x: g.astype(x.dtype), grads, learned), None
+
+
+def _add_columns(dbias, dcut, s):
+    if dbias is None or dbias.shape[3] == 1:
+        return jax.tree.map(jnp.add, dbias, dcut)
+    # a key that only fills up has no gradient, wherever it is added
+    return dbias.at[..., jnp.minimum(s, dbias.shape[3] - 1)].add(dcut)
 
 
 _attend.defvjp(_forward, _backward)
 
-STRATEGY = split.Strategy(check=_check, run=_run)
+STRATEGY = split.Strategy(check=_check, run=_run, multiple=_multiple)

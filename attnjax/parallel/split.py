@@ -1,12 +1,6 @@
-"""How the arguments of a record's function lie on a mesh, read off the letters of its annotations.
-
-B lies over data and fsdp, T and S over the context axis, N and K over tensor; all other axes are
-whole in each device. Masks are split by batch (and by head, where they have one): positions stay
-global.
-"""
+"""What a strategy is, and a call with the letters of its arrays' annotations."""
 
 import inspect
-import math
 import re
 import typing
 from collections.abc import Callable
@@ -14,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from attnjax.core import masks, registry
+
+COLUMNS = "columns"  # S where it stands beside T
+_ELSEWHERE = {"score_mod": "gather"}  # what honours an option that another strategy can't
 
 
 class Call(NamedTuple):
@@ -29,10 +25,11 @@ class Call(NamedTuple):
 
 
 class Strategy(NamedTuple):
-    """What a strategy does."""
+    """What a strategy does. Each function takes the strategy's options by keyword."""
 
-    check: Callable[[registry.Mechanism, Call], None]  # raises for what it can't honour
-    run: Callable[..., Any]  # (record, options, arrays, mask, *, axis, lengths) on one device
+    check: Callable[..., None]  # (record, call, places): raises for what it can't honour
+    run: Callable[..., Any]  # (record, call, places) on one device, with its part of the arrays
+    multiple: Callable[..., int] = lambda size: size  # devices -> what must divide a length
 
 
 def bind(fn: Callable, args, options) -> Call:
@@ -41,85 +38,60 @@ def bind(fn: Callable, args, options) -> Call:
     bound = signature.bind(*args, **options)
     bound.apply_defaults()
     given = dict(bound.arguments)
-    annotations = {name: p.annotation for name, p in signature.parameters.items()}
-    letters = {name: _letters(x) for name, x in annotations.items()}
+    letters = {name: _letters(p.annotation) for name, p in signature.parameters.items()}
     arrays = {name: x for name, x in given.items() if hasattr(x, "shape") and letters[name]}
     letters["return"] = _letters(signature.return_annotation)
+    many = [x.ndim - len(letters[name]) for name, x in arrays.items() if _starred(letters[name])]
+    letters = {name: _spread(x, *many[:1]) if _starred(x) else x for name, x in letters.items()}
+    letters |= _told_apart({name: letters[name] for name in arrays}, arrays)
     mask = jax.tree.map(jnp.asarray, given.pop("mask", None))
     return Call(letters, arrays, mask, {k: x for k, x in given.items() if k not in arrays})
 
 
 def only(record: registry.Mechanism, call: Call, honoured: tuple[str, ...], *, by: str) -> None:
-    """Raises NotImplementedError, naming what `by` can honour, for any other argument given."""
+    """Raises NotImplementedError, saying what would work, for any other argument than `honoured`.
+
+    An option that has its default is not an argument.
+    """
     defaults = {n: p.default for n, p in inspect.signature(record.fn).parameters.items()}
     for name, value in (call.options | call.arrays).items():
         if name not in honoured and (name in call.arrays or value != defaults[name]):
-            raise NotImplementedError(f"{by} can't honour {name}; it can {', '.join(honoured)}")
+            other = _ELSEWHERE.get(name, "no strategy")
+            raise NotImplementedError(f"{by} can't honour {name}, {other} can")
 
 
 def _letters(annotation):
     """The axes of the first jaxtyping annotation in a type; () where there is none."""
     for kind in (annotation, *typing.get_args(annotation)):
         if hasattr(kind, "dim_str"):
-            return tuple(re.sub(r"^[#*?_]+", "", axis) for axis in kind.dim_str.split())
+            return tuple(re.sub(r"[#?_]", "", axis) for axis in kind.dim_str.split())
     return ()
 
 
-class Places:
-    """Where the axes of a call lie on a mesh. `sizes` are those of its letters."""
+def _starred(letters):
+    return any(letter.startswith("*") for letter in letters)
 
-    def __init__(self, mesh: jax.sharding.Mesh, axis: str, call: Call):
-        self.sizes = {}
-        for name, array in call.arrays.items():
-            for letter, size in zip(call.letters[name], array.shape, strict=True):
-                self.sizes[letter] = max(size, self.sizes.get(letter, 1))
-        self._count = mesh.shape[axis]
-        whole = lambda letter, extent: self.sizes.get(letter, extent) % extent == 0
-        batch = tuple(name for name in ("data", "fsdp") if name in mesh.shape)
-        tensor = mesh.shape.get("tensor", 1)
-        self._axes = {"T": axis, "S": axis}
-        if whole("B", math.prod(mesh.shape[name] for name in batch)):
-            self._axes["B"] = batch
-        if whole("N", tensor) and (whole("K", tensor) or self.sizes["K"] == 1):
-            self._axes |= {letter: "tensor" for letter in "NK" if tensor > 1}
 
-    def _spec(self, letters, shape) -> P:
-        axes = zip(letters, shape, strict=True)
-        return P(*(self._axes.get(letter) if size > 1 else None for letter, size in axes))
+def _spread(letters, more):
+    """The letters of "*T" over 1 + `more` axes: T and then axes that are whole."""
+    spread = lambda letter: (letter[1:], *[""] * more) if letter.startswith("*") else (letter,)
+    return tuple(axis for letter in letters for axis in spread(letter))
 
-    def of_arrays(self, call: Call) -> dict[str, P]:
-        """Of the arrays of a call that is filled up."""
-        return {name: self._spec(call.letters[name], x.shape) for name, x in call.arrays.items()}
 
-    def of_mask(self, mask: masks.Mask | None) -> list[P]:
-        """Of the arrays in a mask, which are (B L) or (B N ...)."""
-        letters = lambda x: ("B", "") if x.ndim == 2 else ("B", "N", *[""] * (x.ndim - 2))
-        return [self._spec(letters(x), x.shape) for x in jax.tree.leaves(mask)]
+def _told_apart(letters, arrays):
+    """Letters in which S beside T is called `COLUMNS`, and "1" what is one entry for all."""
+    columns = lambda axes: tuple(COLUMNS if a == "S" and "T" in axes else a for a in axes)
+    letters = {name: columns(axes) for name, axes in letters.items()}
+    most = sizes(letters, arrays)
+    tell = lambda letter, size: "1" if size == 1 < most[letter] else letter
+    pairs = lambda name: zip(letters[name], arrays[name].shape, strict=True)
+    return {name: tuple(tell(*pair) for pair in pairs(name)) for name in arrays}
 
-    def of_output(self, call: Call):
-        """Of the output, and of the state where it is asked for."""
-        place = lambda name: P(*map(self._axes.get, call.letters[name]))
-        state = call.options.get("return_state", False)
-        return (place("return"), place("initial_state")) if state else place("return")
 
-    def _extra(self, letter) -> int:
-        return -self.sizes[letter] % self._count if letter in ("T", "S") else 0
-
-    def fill_up(self, call: Call) -> Call:
-        """The call with sequences of a length that divides, by repeating the last token."""
-
-        T = self.sizes["T"]
-        if self._extra("T") and call.options.get("return_state", False):
-            raise NotImplementedError(f"return_state needs {T=} to be a multiple of {self._count}")
-
-        def fill(name, x):
-            widths = [(0, self._extra(letter)) for letter in call.letters[name]]
-            return jnp.pad(x, widths, "edge") if any(map(sum, widths)) else x
-
-        return call._replace(arrays={name: fill(name, x) for name, x in call.arrays.items()})
-
-    def cut(self, out, call: Call):
-        """The output without the tokens that `fill_up` added."""
-        if call.options.get("return_state", False):
-            return out[0][:, : self.sizes["T"]], out[1]
-        return out[:, : self.sizes["T"]]
+def sizes(letters: dict[str, tuple[str, ...]], arrays: dict[str, Any]) -> dict[str, int]:
+    """The largest size that an axis of each letter has."""
+    found = {}
+    for name, array in arrays.items():
+        for letter, size in zip(letters[name], array.shape, strict=True):
+            found[letter] = max(size, found.get(letter, 1))
+    return found

@@ -241,7 +241,9 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.CONTEXT_PARALLEL,
             Claim.PERMUTATION_EQUIVARIANT,
         }
     ),
+    context=("gather",),
 )

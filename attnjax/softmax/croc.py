@@ -204,6 +204,8 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

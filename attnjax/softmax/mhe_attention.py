@@ -163,6 +163,8 @@ SPEC = registry.Mechanism(
             Claim.PERMUTATION_EQUIVARIANT,
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

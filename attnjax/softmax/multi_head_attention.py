@@ -76,5 +76,5 @@ SPEC = registry.Mechanism(
             Claim.CONTEXT_PARALLEL,
         }
     ),
-    context=("ring",),
+    context=("ring", "gather", "all_to_all", "all_to_all_ring", "ring_self_attention", "halo"),
 )

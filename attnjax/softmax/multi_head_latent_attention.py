@@ -191,5 +191,14 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=({}, dict(mask=masks.Causal()), dict(mask=masks.Causal(), form="absorbed")),
-    claims=frozenset({Claim.CAUSAL, Claim.MASKABLE, Claim.STREAMABLE, Claim.LINEAR_MEMORY}),
+    claims=frozenset(
+        {
+            Claim.CAUSAL,
+            Claim.MASKABLE,
+            Claim.STREAMABLE,
+            Claim.LINEAR_MEMORY,
+            Claim.CONTEXT_PARALLEL,
+        }
+    ),
+    context=("gather",),
 )

@@ -174,6 +174,14 @@ SPEC = registry.Mechanism(
     oracle=_oracle,
     variants=({}, dict(mask=masks.Causal())),
     claims=frozenset(
-        {Claim.CAUSAL, Claim.MASKABLE, Claim.CROSS, Claim.STREAMABLE, Claim.DENSE_TWIN}
+        {
+            Claim.CAUSAL,
+            Claim.MASKABLE,
+            Claim.CROSS,
+            Claim.STREAMABLE,
+            Claim.DENSE_TWIN,
+            Claim.CONTEXT_PARALLEL,
+        }
     ),
+    context=("gather",),
 )

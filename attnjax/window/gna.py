@@ -209,5 +209,8 @@ SPEC = registry.Mechanism(
         dict(window=(6, 2), stride=(4, 2)),
         dict(window=3, dilation=(4, 1), stride=2, causal=(True, False)),
     ),
-    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.DENSE_TWIN}),
+    claims=frozenset(
+        {Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.DENSE_TWIN, Claim.CONTEXT_PARALLEL}
+    ),
+    context=("halo",),
 )

@@ -138,5 +138,8 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=({}, dict(shift=3)),
-    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.DENSE_TWIN}),
+    claims=frozenset(
+        {Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.DENSE_TWIN, Claim.CONTEXT_PARALLEL}
+    ),
+    context=("halo",),
 )

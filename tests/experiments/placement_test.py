@@ -33,7 +33,7 @@ def batches(config):
 
 
 def run(config, mesh=None):
-    """Parameters and metrics after three steps: placed by the config, or on one device."""
+    """Parameters after three steps, and metrics of each: placed by the config, or on one device."""
     _, source = configs.make_task(config.task, "train")
     example, description = next(batches(config)), learning.model_description(config, source)
     if mesh is None:
@@ -42,11 +42,13 @@ def run(config, mesh=None):
         update = jax.jit(lambda s, b: learning.update(model, optimiser, s, b))
         put = lambda batch: batch
     else:
-        model = learning.make_model(description, parallel=placement.context_parallel(mesh))
+        model = learning.make_model(description, parallel=placement.context_parallel(mesh, config))
         placed = placement.place(config, model, example, mesh)
         state, update, put = placed.init(), placed.update, placed.put
+    metrics = []
     for batch in batches(config):
-        state, metrics = update(state, put(batch))
+        state, measured = update(state, put(batch))
+        metrics.append(measured)
     return jax.device_get((state["params"], metrics))
 
 
@@ -60,6 +62,22 @@ def test_every_mesh_reaches_the_same_parameters(expected, sizes):
     config = SMALL.__class__(**vars(SMALL) | dict(mesh=configs.Mesh(**sizes)))
     actual = run(config, placement.make_mesh(config))
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ring(order='zigzag')", "ring(order='striped')", "all_to_all", "halo"]
+)
+def test_every_strategy_has_the_same_loss_at_each_step(expected, strategy):
+    mesh = configs.Mesh(data=1, context=4)
+    config = SMALL.__class__(**vars(SMALL) | dict(mesh=mesh, strategy=strategy))
+    actual = run(config, placement.make_mesh(config))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_strategy_that_no_mixer_has_is_refused():
+    config = SMALL.__class__(**vars(SMALL) | dict(strategy="rink"))
+    with pytest.raises(ValueError, match="strategy='rink' must be one of the mixers': all_to_all"):
+        placement.context_parallel(placement.make_mesh(config), config)
 
 
 def test_pmap_reaches_the_same_parameters(expected):

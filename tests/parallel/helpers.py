@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attnjax import parallel
 from attnjax.core import sharding
+from attnjax.parallel import matrix
 
 KEY = jax.random.key(0)
 
@@ -53,3 +54,33 @@ def assert_same(strategy, record, arrays, *, axes, **options):
 
 def rms(x):
     return float(jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))
+
+
+CELLS = [
+    (number, strategy, row)
+    for number, table in enumerate(matrix.tables())
+    for strategy in table.strategies
+    for row in table.rows
+]
+
+
+def largest_error(cell, devices):
+    """Of outputs and gradients of a cell of the matrix, relative to one device's."""
+    number, strategy, row = cell
+    table = matrix.tables()[number]
+    run = parallel.shard(strategy, table.record, mesh(context=devices))
+    arrays, options = matrix.arguments(table.rows[row])
+    by_name = lambda *xs: run(**dict(zip(arrays, xs, strict=True)), **options)
+    actual = jax.tree.leaves(with_gradients(by_name)(*arrays.values()))
+    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30))
+    flat = lambda x: x.astype(jnp.float32).reshape(-1)
+    pairs = zip(actual, _on_one(number, row), strict=True)
+    return max(error(flat(a), flat(b)) for a, b in pairs)
+
+
+@functools.cache
+def _on_one(number, row):
+    table = matrix.tables()[number]
+    arrays, options = matrix.arguments(table.rows[row])
+    by_name = lambda *xs: table.record.fn(**dict(zip(arrays, xs, strict=True)), **options)
+    return jax.tree.leaves(with_gradients(by_name)(*arrays.values()))

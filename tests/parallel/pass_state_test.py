@@ -113,8 +113,24 @@ def test_refuses_the_state_of_a_length_that_does_not_divide():
         sharded(dict(context=4))(*qkv(13), mask=CAUSAL, return_state=True)
 
 
-def test_refuses_a_record_without_a_carry():
+def test_without_a_carry_the_state_is_multiplied_by_a_matrix():
     record = dataclasses.replace(LIGHTNING, carry=None)
+    arrays = (*qkv(), LOG_DECAY)
+    mask = CAUSAL & SEGMENTS
+    run = lambda fn: jax.jit(functools.partial(fn, mask=mask))(*arrays)
     fn = parallel.shard("pass_state", record, helpers.mesh(context=4))
-    with pytest.raises(NotImplementedError, match="pass_state needs initial_state"):
-        fn(*qkv(), LOG_DECAY, mask=CAUSAL)
+    chex.assert_trees_all_close(run(fn), run(LIGHTNING.fn), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gqa", "pass_state needs initial_state and return_state of gqa"),
+        ("mamba", r"pass_state needs carry, or a state \(B N H V\), of mamba"),
+    ],
+)
+def test_refuses_a_record_without_states_or_carry(name, message):
+    record = dataclasses.replace(registry.get(name), context=("pass_state",), carry=None)
+    fn = parallel.shard("pass_state", record, helpers.mesh(context=4))
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(fn, **record.example(helpers.KEY, 8))

@@ -7,9 +7,10 @@ import pytest
 
 from attnjax import parallel
 from attnjax.core import masks, registry
+from attnjax.ops import blocked_schedule, dropout
 from attnjax.ops import dot_product_attention as ops
-from attnjax.ops import dropout
-from tests.parallel import helpers
+from attnjax.parallel import travel
+from tests.parallel import helpers, traffic
 
 # every option of the operation, as a mechanism would have them
 ANY = dataclasses.replace(registry.get("multi_head_attention"), fn=ops.dot_product_attention)
@@ -28,47 +29,76 @@ def test_equals_one_device_on_any_mesh(axes):
     helpers.assert_same("ring", ANY, qkv(), axes=axes, mask=mask)
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        None,
-        masks.Window(6, 1),
-        VALID & CAUSAL,
-        CAUSAL | masks.Prefix(9),
-        masks.Dense(jnp.tril(jnp.ones((2, 4, 16, 16), bool), -2)),
-        masks.Neighborhood((4, 4), (3, 3)),
-    ],
-    ids=["none", "window", "padding", "prefix", "dense", "neighborhood"],
-)
-def test_masks(mask):
-    ring = parallel.shard("ring", ANY, helpers.mesh(context=2, tensor=2))
-    run = jax.jit(lambda *arrays: [fn(*arrays, mask=mask) for fn in (ring, ANY.fn)])
-    chex.assert_trees_all_close(*run(*qkv()), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (5, 14)])
-def test_lengths_that_do_not_divide(T, S):
-    helpers.assert_same("ring", ANY, qkv(T, S), axes=dict(context=4))
-
-
 @pytest.mark.parametrize(("N", "K"), [(4, 1), (3, 3)], ids=["one key head", "odd heads"])
 def test_heads_that_do_not_divide(N, K):
     axes = dict(context=2, tensor=2)
     helpers.assert_same("ring", ANY, qkv(N=N, K=K), axes=axes, mask=CAUSAL)
 
 
-def test_other_options():
-    options = dict(mask=CAUSAL, scale=0.7, softcap=2.0, implementation="blocked")
-    helpers.assert_same("ring", ANY, qkv(), axes=dict(data=2, context=2), **options)
+def test_fewer_key_heads_than_devices():
+    axes = dict(context=1, tensor=4)
+    helpers.assert_same("ring", ANY, qkv(N=8, K=2), axes=axes, mask=CAUSAL)
 
 
-def test_sinks():
-    sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
-    attend = lambda q, k, v, sinks: ops.dot_product_attention(q, k, v, mask=VALID, sinks=sinks)
-    ring = parallel.shard("ring", ANY, helpers.mesh(context=2, tensor=2))
-    sharded = lambda q, k, v, sinks: ring(q, k, v, mask=VALID, sinks=sinks)
-    actual, expected = (helpers.with_gradients(f)(*qkv(), sinks) for f in (sharded, attend))
+@pytest.mark.parametrize("strategy", ["ring(order='zigzag')", "all_to_all_ring(heads=2)"])
+def test_every_option_at_once(strategy):
+    """On a mesh of three axes: the same dropout and the same bias as on one device."""
+    shapes = (2, 13, 4, 8), (2, 13, 2, 8), (2, 13, 2, 6), (2, 4, 13, 13), (4,)
+    axes = dict(data=1, context=4) if "heads" in strategy else dict(data=2, context=2)
+    drop = dropout.Dropout(0.3, helpers.KEY)
+    options = dict(mask=CAUSAL & VALID & SEGMENTS, scale=0.7, softcap=2.0, dropout=drop)
+    named = lambda fn: lambda q, k, v, bias, sinks: fn(q, k, v, bias=bias, sinks=sinks, **options)
+    arrays = helpers.normal(*shapes)
+    sharded = parallel.shard(strategy, ANY, helpers.mesh(**axes))
+    actual, expected = (helpers.with_gradients(named(f))(*arrays) for f in (sharded, ANY.fn))
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("order", "spread"), [("contiguous", 1.5), ("zigzag", 0.05), ("striped", 0.05)]
+)
+def test_causal_work_of_each_device(order, spread):
+    """In tiles that the blocked implementation computes; contiguous pieces are uneven."""
+    size, length = 4, 4096
+
+    def tiles(device, source):
+        t, s = (jnp.asarray(travel.positions(order, i, size, length)) for i in (device, source))
+        return int(blocked_schedule.schedule(CAUSAL, t, s, K=1, G=1).some.sum())
+
+    work = [sum(tiles(device, source) for source in range(size)) for device in range(size)]
+    mean = sum(work) / size
+    most = max(abs(each - mean) for each in work) / mean
+    assert most <= spread and (order != "contiguous" or most > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "messages"),
+    [
+        (CAUSAL, 3),
+        (masks.Window(3), 1),
+        (masks.Window(3, 2), 2),  # from the device before, and then from the one after
+        (masks.Window(5) & SEGMENTS, 2),
+        (masks.Prefix(4), 3),
+        (masks.Window(0), 0),
+    ],
+    ids=str,
+)
+def test_keys_travel_no_further_than_they_are_seen(mask, messages):
+    q, k, v = qkv(K=2)
+    ring = parallel.shard("ring", ANY, helpers.mesh(context=4))
+    run = lambda q, k, v: ring(q, k, v, mask=mask)
+    assert traffic.sent(run, dict(q=q, k=k, v=v)) == messages * (k.size + v.size)
+
+
+def test_gradients_travel_behind_their_keys():
+    """In the backward pass keys make one rotation less than a round, gradients a round.
+
+    Before the first piece is done there is nothing to send: zeros travel instead, once.
+    """
+    q, k, v = qkv(K=2)
+    ring = parallel.shard("ring", ANY, helpers.mesh(context=4))
+    run = lambda q, k, v: jax.vjp(ring, q, k, v)[1](q[..., :6])
+    assert traffic.sent(run, dict(q=q, k=k, v=v)) == (3 + 3 + 5) * (k.size + v.size)
 
 
 def test_query_that_sees_nothing_is_zero():
@@ -79,10 +109,11 @@ def test_query_that_sees_nothing_is_zero():
     assert not any(x[1].any() for x in (out, *grads)) and out[0].any()
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("strategy", ["ring", "ring(gradients='bfloat16')"])
+def test_bfloat16(strategy):
     rounded = qkv(dtype="bfloat16")
     exact = [x.astype(jnp.float32) for x in rounded]
-    ring = parallel.shard("ring", ANY, helpers.mesh(context=4))
+    ring = parallel.shard(strategy, ANY, helpers.mesh(context=4))
     run = lambda f, arrays: helpers.with_gradients(f, mask=CAUSAL)(*arrays)
     truth = run(ANY.fn, exact)
     for actual, naive, x in zip(
@@ -117,8 +148,6 @@ def test_memory_falls_with_devices_and_keys_are_never_gathered():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("bias", jnp.zeros((1, 1, 16, 16))),
-        ("dropout", dropout.Dropout(0.1, helpers.KEY)),
         ("score_mod", lambda score, b, n, t, s: score),
         ("q_offset", 3),
         ("return_lse", True),
@@ -126,5 +155,5 @@ def test_memory_falls_with_devices_and_keys_are_never_gathered():
 )
 def test_refuses(name, value):
     ring = parallel.shard("ring", ANY, helpers.mesh(context=4))
-    with pytest.raises(NotImplementedError, match=f"ring can't honour {name}; it can .*mask"):
+    with pytest.raises(NotImplementedError, match=f"ring can't honour {name}, .* can"):
         ring(*qkv(), **{name: value})

@@ -32,6 +32,18 @@ def test_language_model_over_a_mesh():
     chex.assert_trees_all_close(actual, run(model)(params, tokens), rtol=1e-5, atol=1e-6)
 
 
+def test_vision_transformer_over_a_mesh():
+    mixers = ["gna(window=3)", "swin(window=2, shift=1)", "multi_head_attention"]
+    options = dict(image_size=[8, 8], channels=1, num_classes=3, patch=2, mixers=mixers)
+    model = models.create("vit", features=8, depth=3, num_heads=2, **options)
+    image = jax.random.normal(helpers.KEY, (2, 8, 8, 1))
+    params = jax.jit(model.init)(helpers.KEY, image)
+    shard = functools.partial(parallel.shard, None, mesh=helpers.mesh(data=2, context=2))
+    loss = lambda model, params: jnp.mean(jnp.sin(model.apply(params, image)))
+    run = lambda model: jax.jit(jax.value_and_grad(functools.partial(loss, model)))(params)
+    chex.assert_trees_all_close(run(model.clone(parallel=shard)), run(model), rtol=1e-5, atol=1e-6)
+
+
 def test_every_strategy_that_a_record_names_exists():
     for record in registry.of_kind(registry.Mechanism).values():
         for strategy in record.context:
@@ -55,7 +67,12 @@ def test_keeps_the_name_and_signature():
 @pytest.mark.parametrize(
     ("strategy", "name", "axis", "message"),
     [
-        (None, "swin", "context", "swin has no strategy of context parallelism; linear_recurrent"),
+        (
+            None,
+            "biformer",
+            "context",
+            "biformer has no strategy of context parallelism; linear_recurrent",
+        ),
         ("pass_state", "gqa", "context", "strategy='pass_state' must be one of gqa's: ring"),
         ("ring", "gqa", "sequence", "axis='sequence' must be one of the mesh's data, fsdp"),
     ],

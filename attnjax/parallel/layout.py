@@ -1,0 +1,107 @@
+"""How the arguments of a call lie on a mesh.
+
+B lies over data and fsdp, T, S and X over the context axis, N and K over tensor; all other axes are
+whole in each device, and so is S beside T: of a bias (B N T S) a device has the rows of its own
+queries. Masks are split by batch (and by head, where they have one): positions stay global.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from attnjax.core import masks
+from attnjax.parallel import split
+
+_SEQUENCE = ("T", "S", "X")
+
+
+class Places:
+    """Where the axes of a call lie on a mesh.
+
+    Attributes:
+      axis: of the mesh, over which sequences lie.
+      size: devices along it.
+      sizes: of the letters, before anything is filled up.
+    """
+
+    def __init__(self, mesh, axis: str, call: split.Call, *, multiple: int = 1):
+        self.axis, self.size = axis, mesh.shape[axis]
+        self.sizes = split.sizes(call.letters, call.arrays)
+        self._mesh, self._multiple = mesh, math.lcm(multiple, self.size)
+        batch = tuple(name for name in ("data", "fsdp") if name in mesh.shape)
+        self._axes = dict.fromkeys(_SEQUENCE, axis)
+        self._axes |= {"B": batch} if self._divides("B", batch) else {}
+        self.repeat = 1  # of each key head, where there are fewer than devices
+        if "tensor" in mesh.shape and self._divides("N", ("tensor",)):
+            self._axes |= self._heads(mesh.shape["tensor"])
+
+    def _heads(self, devices):
+        if self.sizes.get("K", 1) > 1:
+            self.repeat = repeats(self.sizes["N"], self.sizes["K"], devices)
+            return dict.fromkeys("NK", "tensor")
+        return dict(N="tensor")
+
+    def _divides(self, letter, axes):
+        extent = math.prod(self._mesh.shape[name] for name in axes)
+        return self.sizes.get(letter, extent) % extent == 0
+
+    def here(self, letter: str) -> int:
+        """Entries of an axis in each device, once a call is filled up."""
+        return self.length(letter) // self._extent(letter)
+
+    def length(self, letter: str) -> int:
+        """Entries of an axis once a call is filled up."""
+        size = self.sizes[letter] * (self.repeat if letter == "K" else 1)
+        return size + (-size % self._multiple if letter in _SEQUENCE else 0)
+
+    def first(self, letter: str) -> jax.Array | int:
+        """The number of the first entry of an axis that is in this device."""
+        axes = self._axes.get(letter)
+        return lax.axis_index(axes) * self.here(letter) if axes and letter in self.sizes else 0
+
+    def _extent(self, letter):
+        axes = self._axes.get(letter, ())
+        names = (axes,) if isinstance(axes, str) else axes
+        return math.prod(self._mesh.shape[name] for name in names)
+
+    def of_arrays(self, call: split.Call) -> dict[str, P]:
+        """Of the arrays of a call that is filled up."""
+        return {name: P(*map(self._axes.get, call.letters[name])) for name in call.arrays}
+
+    def of_mask(self, mask: masks.Mask | None) -> list[P]:
+        """Of the arrays in a mask, which are (B L) or (B N ...)."""
+        letters = lambda x: ("B", "") if x.ndim == 2 else ("B", "N", *[""] * (x.ndim - 2))
+        place = lambda letter, size: self._axes.get(letter) if size > 1 else None
+        return [P(*map(place, letters(x), x.shape)) for x in jax.tree.leaves(mask)]
+
+    def of_output(self, call: split.Call):
+        """Of the output, and of the state where it is asked for."""
+        place = lambda name: P(*map(self._axes.get, call.letters[name]))
+        state = call.options.get("return_state", False)
+        return (place("return"), place("initial_state")) if state else place("return")
+
+    def fill_up(self, call: split.Call) -> split.Call:
+        """The call with lengths that divide, by repeating the last token, and heads that do."""
+
+        def fill(name, x):
+            letters = call.letters[name]
+            widths = [(0, self.length(a) - self.sizes[a] if a in _SEQUENCE else 0) for a in letters]
+            x = jnp.pad(x, widths, "edge") if any(map(sum, widths)) else x
+            return jnp.repeat(x, self.repeat, letters.index("K")) if "K" in letters else x
+
+        return call._replace(arrays={name: fill(name, x) for name, x in call.arrays.items()})
+
+    def cut(self, out, call: split.Call):
+        """The output without the tokens that `fill_up` added."""
+        if call.options.get("return_state", False):
+            return out[0][:, : self.sizes["T"]], out[1]
+        return out[:, : self.sizes[call.letters["return"][1]]]
+
+
+def repeats(N: int, K: int, devices: int) -> int:
+    """How often each of K key heads must be there for N query heads to be split with them."""
+    G = N // K
+    return next(r for r in range(1, G + 1) if G % r == 0 and K * r % devices == 0)

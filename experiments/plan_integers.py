@@ -1,0 +1,131 @@
+"""What the operations of a compiled program do to integers: as much as loops' bounds need."""
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from experiments import plan_hlo as hlo
+
+_COMPARE = dict(LT="less", LE="less_equal", GT="greater", GE="greater_equal", EQ="equal",
+                NE="not_equal")  # fmt: skip
+_REDUCE = dict(add=np.add, maximum=np.maximum, minimum=np.minimum, multiply=np.multiply, **{
+    "and": np.bitwise_and, "or": np.bitwise_or})  # fmt: skip
+_PLAIN: Mapping[str, Callable] = {
+    "add": np.add, "subtract": np.subtract, "multiply": np.multiply, "maximum": np.maximum,
+    "minimum": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "not": np.invert, "negate": np.negative, "abs": np.abs, "sign": np.sign,
+    "shift-left": np.left_shift, "shift-right-arithmetic": np.right_shift,
+    "shift-right-logical": np.right_shift, "select": np.where,
+    "divide": lambda a, b: np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b),
+    "remainder": np.fmod, "clamp": lambda low, x, high: np.clip(x, low, high),
+}  # fmt: skip
+_SAME = ("copy", "copy-start", "copy-done", "slice-done", "optimization-barrier")
+
+
+class Unknown(Exception):
+    """It depends on data, or is no integer."""
+
+
+def apply(i: hlo.Instruction, get: Callable[[int], np.ndarray], module: hlo.Module) -> np.ndarray:
+    """The output of an instruction from `get(n)`, operand n; Unknown for other operations."""
+    if i.op in _PLAIN:
+        return np.asarray(_PLAIN[i.op](*map(get, range(len(i.operands)))))
+    if i.op in _SAME or 'target="AssumeGatherIndicesInBound"' in i.attributes:
+        return get(0)
+    if i.op in _SHAPING:
+        return _SHAPING[i.op](i, get)
+    if i.op == "reduce" and len(i.operands) == 2:
+        return _reduce(i, get, module)
+    raise Unknown(i.name)
+
+
+def _constant(i, get):
+    numbers = re.findall(r"-?\d+|true|false", i.literal)
+    values = np.array([x == "true" if x in ("true", "false") else int(x) for x in numbers])
+    if values.size != np.prod(i.shapes[0].dims, dtype=int):  # left out of the text
+        raise Unknown(i.name)
+    return values.reshape(i.shapes[0].dims)
+
+
+def _convert(i, get):
+    return get(0).astype(bool if i.shapes[0].dtype == "pred" else np.int64)
+
+
+def _compare(i, get):
+    return getattr(np, _COMPARE[i.attribute("direction")])(get(0), get(1))
+
+
+def _iota(i, get):
+    dims = i.shapes[0].dims
+    axis = int(i.attribute("iota_dimension") or 0)
+    line = np.arange(dims[axis]).reshape([-1 if n == axis else 1 for n in range(len(dims))])
+    return np.broadcast_to(line, dims)
+
+
+def _broadcast(i, get):
+    x, dims, axes = get(0), i.shapes[0].dims, i.ints("dimensions")
+    shape = [1] * len(dims)
+    for axis, size in zip(axes, x.shape, strict=True):
+        shape[axis] = size
+    return np.broadcast_to(x.reshape(shape), dims)
+
+
+def _bitcast(i, get):
+    """The same memory in another shape: not a reshape where axes lie in another order."""
+    x, shape = get(0), i.shapes[0]
+    if np.prod(x.shape, dtype=int) != np.prod(shape.dims, dtype=int):
+        raise Unknown(i.name)
+    if sum(size > 1 for size in x.shape) > 1:
+        raise Unknown(i.name)  # the order of its axes stands with its operand alone
+    return x.reshape(shape.dims)
+
+
+def _slice(i, get):
+    bounds = re.findall(r"\[(\d+):(\d+)(?::(\d+))?\]", i.attribute("slice"))
+    return get(0)[tuple(slice(int(a), int(b), int(step or 1)) for a, b, step in bounds)]
+
+
+def _dynamic_slice(i, get):
+    x, sizes = get(0), i.ints("dynamic_slice_sizes")
+    starts = [int(get(n + 1)) for n in range(x.ndim)]
+    starts = [min(max(a, 0), full - n) for a, full, n in zip(starts, x.shape, sizes, strict=True)]
+    return x[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
+
+
+def _pad(i, get):
+    x, fill = get(0), get(1)
+    sides = [tuple(map(int, part.split("_"))) for part in i.attribute("padding").split("x")]
+    if any(min(side) < 0 or side[2:] not in ((), (0,)) for side in sides):
+        raise Unknown(i.name)
+    return np.pad(x, [side[:2] for side in sides], constant_values=fill)
+
+
+def _gather(i, get):
+    """Single entries of a vector."""
+    x, at = get(0), get(1)
+    if x.ndim != 1 or i.ints("slice_sizes") != (1,):
+        raise Unknown(i.name)
+    return x[np.clip(at.ravel(), 0, len(x) - 1)].reshape(i.shapes[0].dims)
+
+
+def _concatenate(i, get):
+    return np.concatenate([get(n) for n in range(len(i.operands))], i.ints("dimensions")[0])
+
+
+def _reduce(i, get, module):
+    root = module.computations[i.attribute("to_apply")].root
+    if root.op not in _REDUCE:
+        raise Unknown(i.name)
+    reduced = _REDUCE[root.op].reduce(get(0), axis=i.ints("dimensions"))
+    return _REDUCE[root.op](reduced, get(1))
+
+
+_SHAPING: Mapping[str, Callable] = {
+    "constant": _constant, "convert": _convert, "compare": _compare, "iota": _iota,
+    "broadcast": _broadcast, "bitcast": _bitcast, "slice": _slice, "slice-start": _slice,
+    "dynamic-slice": _dynamic_slice, "pad": _pad, "gather": _gather, "concatenate": _concatenate,
+    "reshape": lambda i, get: get(0).reshape(i.shapes[0].dims),
+    "transpose": lambda i, get: get(0).transpose(i.ints("dimensions")),
+    "reverse": lambda i, get: np.flip(get(0), i.ints("dimensions")),
+}  # fmt: skip

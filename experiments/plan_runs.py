@@ -1,0 +1,95 @@
+"""How often each computation of a compiled program runs, on each of some devices."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import plan_hlo as hlo
+from experiments import plan_values
+from experiments.plan_integers import Unknown
+
+_MOST = 2**40  # iterations
+
+
+class Runs(NamedTuple):
+    """Numbers of runs by computation, for each device; and where they aren't known."""
+
+    times: dict[str, np.ndarray]
+    unknown: tuple[str, ...]  # loops counted once, conditionals counted by their first branch
+
+
+def runs(module: hlo.Module, devices: Iterable[int]) -> Runs:
+    """Runs of every computation that the program reaches but by fusions and reductions."""
+    walk = _Walk(module)
+    entry = lambda **at: walk.through(module.entry, at)
+    try:
+        each = [entry()] * len(list(devices))
+    except plan_values.NeedsIndex:
+        each = [entry(**{plan_values.DEVICE: number}) for number in devices]
+    names = {name for counter in each for name in counter}
+    times = {name: np.array([float(counter[name]) for counter in each]) for name in names}
+    return Runs(times, tuple(sorted(walk.unknown)))
+
+
+class _Walk:
+    def __init__(self, module):
+        self._module, self._values = module, plan_values.Values(module)
+        self.unknown = set()
+
+    def through(self, name, at) -> Counter:
+        """Runs of a computation and of all that it reaches when it runs once."""
+        total = Counter({name: 1})
+        for i in self._module.computations[name].instructions:
+            if i.op == "while":
+                total += self._loop(name, i, at)
+            elif i.op == "conditional":
+                total += self.through(self._branch(name, i, at), at)
+            elif i.op == "call":
+                total += self.through(i.called[0], at)
+        return total
+
+    def _loop(self, where, i, at):
+        trips, body = self._trips(where, i, at), i.attribute("body")
+        try:
+            inner = self.through(body, {**at, i.name: None})
+            return Counter({name: count * trips for name, count in inner.items()})
+        except plan_values.NeedsIndex as error:
+            if error.loop != i.name:
+                raise
+        each = (self.through(body, {**at, i.name: number}) for number in range(trips))
+        return sum(each, Counter())
+
+    def _trips(self, where, i, at):
+        """The first iteration for which the condition doesn't hold."""
+        condition = self._module.computations[i.attribute("condition")]
+        holds = lambda n: self._values.get(condition.name, condition.root.name, {**at, i.name: n})
+        try:
+            above = 1
+            while holds(above - 1):
+                above *= 2
+                if above > _MOST:
+                    raise Unknown(i.name)
+            below = above // 2
+            while below < above:
+                middle = (below + above) // 2
+                below, above = (middle + 1, above) if holds(middle) else (below, middle)
+            return below
+        except Unknown:
+            if known := re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', i.attributes):
+                return int(known[1])
+            self.unknown.add(i.source)
+            return 1
+
+    def _branch(self, where, i, at):
+        branches = i.called
+        try:
+            choice = int(self._values.get(where, i.operands[0], at))
+        except Unknown:
+            self.unknown.add(i.source)
+            return branches[0]
+        if i.attribute("true_computation"):
+            return branches[0] if choice else branches[1]
+        return branches[choice if 0 <= choice < len(branches) else -1]

@@ -1,0 +1,85 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from attnjax.core import sharding
+from experiments import plan_cost, plan_hlo, plan_program, plan_runs
+
+
+def module_of(fn, *args):
+    return plan_hlo.read(plan_program.text(jax.jit(fn).lower(*args).compile()))
+
+
+def products(module, devices=(0,)):
+    """How many matrix products of the smallest size run, on each device, and what is unknown."""
+    runs, total = plan_runs.runs(module, devices), 0
+    for name, times in runs.times.items():
+        where = module.computations[name]
+        total += times * sum(plan_cost.flops(i, where, module) for i in where.instructions)
+    return (total / (2 * 4**3)).tolist(), runs.unknown
+
+
+X = jnp.eye(4)
+twice = lambda x: jnp.tanh(x @ x)
+loop = lambda start, end, body, x: lax.fori_loop(start, end, lambda i, x: body(i, x), x)
+
+
+def test_nested_loops_multiply():
+    def fn(x):
+        inner = lambda x, _: (twice(x), None)
+        outer = lambda x, _: (twice(lax.scan(inner, x, length=7)[0]), None)
+        return lax.scan(outer, x, length=5)[0]
+
+    assert products(module_of(fn, X)) == ([5 * (7 + 1)], ())
+
+
+def test_a_bound_may_depend_on_the_outer_loop():
+    fn = lambda x: loop(0, 9, lambda i, x: loop(i // 2, i, lambda _, x: twice(x), x), x)
+    assert products(module_of(fn, X)) == ([sum(i - i // 2 for i in range(9))], ())
+
+
+def test_a_bound_may_come_from_a_table_of_constants():
+    table = np.arange(40) ** 2 % 11  # more numbers than a text shows by default
+
+    def fn(x):
+        row = lambda x, end: (loop(0, end, lambda _, x: twice(x), x), None)
+        return lax.scan(row, x, jnp.asarray(table))[0]
+
+    assert products(module_of(fn, X)) == ([table.sum()], ())
+
+
+def test_steps_other_than_one_and_downwards():
+    cond = lambda carry: carry[0] > 3
+    fn = lambda x: lax.while_loop(cond, lambda c: (c[0] - 4, twice(c[1])), (20, x))[1]
+    assert products(module_of(fn, X)) == ([5], ())
+
+
+def test_devices_differ():
+    mesh = sharding.make_mesh(context=4)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P("context"))
+    def fn(x):
+        x = lax.pcast(x, "context", to="varying")
+        return loop(0, 2 * lax.axis_index("context") + 1, lambda _, x: twice(x), x)
+
+    assert products(module_of(fn, X), range(4)) == ([1, 3, 5, 7], ())
+
+
+def test_what_depends_on_data_is_counted_once_and_named():
+    cond = lambda x: x.sum() < 100
+    fn = lambda x: loop(0, 3, lambda _, x: lax.while_loop(cond, lambda x: twice(x) + 1, x), x)
+    count, unknown = products(module_of(fn, X))
+    assert count == [3]
+    assert len(unknown) == 1 and unknown[0].endswith("while")
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_the_branch_that_is_taken(case):
+    branches = [lambda x: x, twice, lambda x: twice(twice(x))]
+    fn = lambda x: loop(0, 5, lambda i, x: lax.switch(jnp.where(i < 4, case, 0), branches, x), x)
+    assert products(module_of(fn, X)) == ([4 * case], ())
