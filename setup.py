@@ -50,6 +50,7 @@ setuptools.setup(
     package_data={
         "attnjax": ["papers.csv"],  # a link to docs/papers.csv; a wheel holds a copy
         "attnjax.zoo": ["checkpoints/**"],
+        "experiments": ["h100.txtpb"],  # what a compiler is told about the device
     },
     install_requires=BASE,
     extras_require={
@@ -59,7 +60,9 @@ setuptools.setup(
         "tfds": ["tensorflow>=2.20", "importlib_resources>=6.0"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "plan": ["jax[tpu]"],  # libtpu, which compiles for TPU on a machine without one
+        # what compiles for TPU and for H100 on a machine without one: libtpu, and the CUDA plugin
+        # alone; what it would take to run there is in "cuda"
+        "plan": ["jax[tpu]", "jax-cuda13-plugin>=0.11.2,<0.13"],
         "tokamax": ["tokamax>=0.0.17"],  # one more implementation of dot_product_attention
     },
     entry_points={"console_scripts": ["attnjax = attnjax.cli:main"]},

@@ -9,6 +9,7 @@ Source: Vaswani et al., "Attention Is All You Need", eq. 1; grouped heads as in 
 learned logit per head that takes weight and gives no value.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -17,11 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnjax.core.masks import Mask
+from attnjax.ops import flash_attention
 from attnjax.ops.blocked_attention import blocked_attention
 from attnjax.ops.dense_attention import dense_attention
 from attnjax.ops.dropout import Dropout
+from pallas_kernels import flash_attention as kernels
 
-Implementation = Literal["dense", "blocked"]
+Implementation = Literal["dense", "blocked", "pallas", "interpret"]
 
 _DENSE_UP_TO = 256 * 256  # scores of one head; measured: docs/benchmarks/attention_cpu.json
 
@@ -59,22 +62,44 @@ def dot_product_attention(
       positions: those of all queries and keys, where they are pieces of a longer sequence.
       return_lse: also return lse in float32.
       implementation: "dense" holds the matrix (and alone has forward-mode derivatives), "blocked"
-        is exact with O(T) memory and skips tiles that the mask empties. None chooses by size.
+        is exact with O(T) memory and skips tiles that the mask empties; so is "pallas", a kernel
+        for TPU, and "interpret" runs that kernel on any platform, slowly. None chooses by size,
+        and above the sizes of "dense" the kernel where the call is lowered for TPU.
 
-    Returns the output in v's dtype. Raises ValueError for shapes that don't fit.
+    Returns the output in v's dtype. Raises ValueError for shapes that don't fit, and
+    NotImplementedError for what the kernel can't honour: score_mod, and masks with too many tiles.
     """
     _check(q, k, v, implementation, positions, q_offset)
     T, S = q.shape[1], k.shape[1]
     # numpy, where they can be: then the mask's tiles are known while tracing
     t, s = positions or (q_offset + np.arange(T), np.arange(S))
-    if implementation is None:
-        implementation = "dense" if T * S <= _DENSE_UP_TO else "blocked"
-    attend = {"dense": dense_attention, "blocked": blocked_attention}[implementation]
+    if implementation is None and T * S <= _DENSE_UP_TO:
+        implementation = "dense"
+    attend = {
+        None: _by_platform,
+        "dense": dense_attention,
+        "blocked": blocked_attention,
+        "pallas": flash_attention.flash_attention,
+        "interpret": functools.partial(flash_attention.flash_attention, interpret=True),
+    }[implementation]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = dict(mask=mask, bias=bias, scale=scale, softcap=softcap)
     options |= dict(sinks=sinks, dropout=dropout, score_mod=score_mod)
     o, lse = attend(q, k, v, t, s, **options)
     return (o, lse) if return_lse else o
+
+
+def _by_platform(q, k, v, t, s, **options):
+    """The kernel where it is lowered for TPU and can be had; blocked elsewhere."""
+    if options["score_mod"] is not None or min(len(t), len(s)) < kernels.LANES:
+        return blocked_attention(q, k, v, t, s, **options)
+    plan = flash_attention.plan_of(q, k, v, t, s, options["mask"], options["bias"])
+    if not kernels.fits(plan.states.shape):
+        return blocked_attention(q, k, v, t, s, **options)
+    return jax.lax.platform_dependent(
+        tpu=lambda: flash_attention.flash_attention(q, k, v, t, s, plan=plan, **options),
+        default=lambda: blocked_attention(q, k, v, t, s, **options),
+    )
 
 
 def _check(q, k, v, implementation, positions, q_offset):

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Key, UInt32
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])
@@ -29,11 +29,20 @@ class Dropout:
         self, b: Int[Array, "*#S"], n: Int[Array, "*#S"], t: Int[Array, "*#S"], s: Int[Array, "*#S"]
     ) -> Bool[Array, "*S"]:
         """Whether the weight of batch b, head n, query position t, key position s is kept."""
-        seed = jax.random.bits(self.key, (2,), jnp.uint32)
-        h = seed[0]
-        for index in (b, n, t, s):
-            h = _mix(h + index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + seed[1])
-        return h >= jnp.uint32(round(self.rate * (2**32 - 1)))
+        return kept(self.rate, self.seed, b, n, t, s)
+
+    @property
+    def seed(self) -> UInt32[Array, "2"]:
+        """What is hashed with the positions."""
+        return jax.random.bits(self.key, (2,), jnp.uint32)
+
+
+def kept(rate: float, seed, b, n, t, s) -> Bool[Array, "..."]:
+    """`Dropout.keep` for a rate and two numbers as seed: no more than arithmetic, for a kernel."""
+    h = seed[0]
+    for index in (b, n, t, s):
+        h = _mix(h + index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + seed[1])
+    return h >= jnp.uint32(round(rate * (2**32 - 1)))
 
 
 def _mix(x):

@@ -24,6 +24,7 @@ def linear_recurrence(
     beta: Float[Array, "B T N"] | None = None,
     mask: masks.Mask | None = None,
     initial_state: Float[Array, "B N H V"] | None = None,
+    implementation: kernels.Implementation | None = "xla",
     by: str = "linear_recurrence",
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
     """(o in v's dtype, final state in float32). Always causal; O(T) time and memory.
@@ -33,6 +34,8 @@ def linear_recurrence(
       beta: with it u is the delta rule's.
       mask: any of Causal (which holds anyway), Valid, and Segments of which each is one run of
         tokens. The initial state belongs to the first segment, the final state to the last.
+      implementation: as in `pallas_kernels.linear_recurrence`. Not None by default, which is the
+        kernel on a TPU: only "xla" has forward-mode derivatives.
       by: who asks, for error messages.
 
     Raises NotImplementedError for any other mask, ValueError for shapes that don't fit.
@@ -48,6 +51,7 @@ def linear_recurrence(
         beta=beta,
         segments=state_masks.documents(segments, by),
         initial_state=initial_state,
+        implementation=implementation,
     )
 
 

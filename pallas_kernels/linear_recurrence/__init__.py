@@ -9,18 +9,25 @@ r"""Linear recurrences with a gate, from an initial state to a final one: three 
 g = log_decay is one number for each token and head (RetNet, Mamba-2, Gated DeltaNet), or one for
 each key channel (GLA, HGRN-2), or absent (linear attention, DeltaNet).
 
-Time is walked in chunks that carry the state (H V): `chunk` is the maths of one chunk, `xla` only
-drives it. Within a chunk the weights of its tokens are products of matrices with C rows, and the
-delta rule is the solution of a triangular system. No exponent is ever positive, so nothing
-overflows. Source: Yang et al., "Gated Linear Attention Transformers", arXiv:2312.06635, section 4;
-"Parallelizing Linear Transformers with the Delta Rule", arXiv:2406.06484, section 3.
+Time is walked in chunks that carry the state (H V): `chunk` is the maths of one chunk, `xla` and
+`mosaic_tpu` only drive it, backward too, from the states between chunks that forward has kept.
+Within a chunk the weights of its tokens are products of matrices with C rows, and the delta rule is
+the solution of a triangular system. No exponent is ever positive, so nothing overflows. Source:
+Yang et al., "Gated Linear Attention Transformers", arXiv:2312.06635, section 4; "Parallelizing
+Linear Transformers with the Delta Rule", arXiv:2406.06484, section 3.
 """
 
+import functools
+from typing import Literal, get_args
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import segments as documents
-from pallas_kernels.linear_recurrence import xla
+from pallas_kernels.linear_recurrence import mosaic_tpu, xla
+
+Implementation = Literal["xla", "pallas", "interpret"]
 
 
 def linear_recurrence(
@@ -33,6 +40,7 @@ def linear_recurrence(
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H V"] | None = None,
     chunk: int = 64,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
     """(o in v's dtype, final state in float32); accumulates in float32.
 
@@ -44,21 +52,58 @@ def linear_recurrence(
         The initial state belongs to the first, the final state to the last.
       initial_state: the state after earlier tokens; None is zero.
       chunk: tokens taken at once, a multiple of 16.
+      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
+        slowly. None is the kernel where the call is lowered for TPU and XLA elsewhere. Only "xla"
+        has forward-mode derivatives (jax.jvp) and derivatives of the gradient.
 
     All arrays but segments have gradients. Raises ValueError for arguments that don't fit.
     """
-    _check(q, k, v, log_decay, beta, segments, initial_state, chunk)
+    _check(q, k, v, log_decay, beta, segments, initial_state, chunk, implementation)
     B, T, N, H = k.shape
-    if log_decay is not None:
-        log_decay = jnp.broadcast_to(log_decay, (B, T, N, log_decay.shape[-1]))
-    state = jnp.zeros_like(k, jnp.float32, (B, N, H, v.shape[-1]))  # varies on a mesh as k does
+    # zeros vary over the axes of a mesh that k varies over, and so does what is added to them
+    zeros = lambda dtype, *shape: jnp.zeros_like(k, dtype, shape)
+    state, starts = zeros(jnp.float32, B, N, H, v.shape[-1]), None
     if initial_state is not None:
         state = state + initial_state
-    starts = None if segments is None else documents.starts(segments)
-    return xla.linear_recurrence(q, k, v, log_decay, beta, state, starts, chunk=chunk)
+    if log_decay is not None:
+        log_decay = log_decay + zeros(log_decay.dtype, B, T, N, log_decay.shape[-1])
+    if segments is not None:
+        starts = documents.starts(segments) + zeros(jnp.int32, B, T)
+    tokens = q, k, v, log_decay, None if beta is None else beta[..., None]
+    if implementation == "xla":
+        return xla.forward(tokens, state, starts, chunk=chunk, keep=False)
+    return _op(tokens, state, starts, chunk, implementation)
 
 
-def _check(q, k, v, log_decay, beta, segments, initial_state, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _op(tokens, state, starts, chunk, implementation):
+    return _run("forward", (tokens, state, starts), implementation, chunk=chunk, keep=False)
+
+
+def _forward(tokens, state, starts, chunk, implementation):
+    args = tokens, state, starts
+    o, last, states = _run("forward", args, implementation, chunk=chunk, keep=True)
+    return (o, last), (tokens, starts, states)
+
+
+def _backward(chunk, implementation, residuals, cotangents):
+    return *_run("backward", (*residuals, *cotangents), implementation, chunk=chunk), None
+
+
+_op.defvjp(_forward, _backward)
+
+
+def _run(name, args, implementation, **options):
+    by_xla = functools.partial(getattr(xla, name), **options)
+    by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
+    if implementation is None:
+        return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
+    return by_kernel(*args, interpret=implementation == "interpret")
+
+
+def _check(q, k, v, log_decay, beta, segments, initial_state, chunk, implementation):
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
     if chunk < 16 or chunk % 16:
         raise ValueError(f"{chunk=} must be a positive multiple of 16")
     (B, T, N, H), V = k.shape, v.shape[-1]

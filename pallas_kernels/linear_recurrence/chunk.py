@@ -1,10 +1,18 @@
-"""The maths of one chunk of one head, shared by every implementation."""
+"""The maths of one chunk of one head, shared by every implementation.
+
+Matrices with two axes and products of them are all there is, which compile inside a kernel too.
+Sums of decays are products with matrices of zeros and ones: each sum has its own terms alone, so no
+exponent is the difference of two large ones, and none is positive.
+"""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
-_PART = 16  # tokens among which decays by channel are taken pair by pair
+_PART = 16  # rows of a triangular system that are solved at once
+
+_times = functools.partial(jnp.matmul, precision="highest")
 
 
 def attend(state, q, k, v, log_decay, beta, start):
@@ -19,64 +27,109 @@ def attend(state, q, k, v, log_decay, beta, start):
     """
     C = q.shape[0]
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    t, s = jnp.arange(C)[:, None], jnp.arange(C)[None, :]
-    past, last = (s <= t) & (s >= start), start[-1, 0]
-    g = jnp.zeros((C, 1)) if log_decay is None else jnp.cumsum(log_decay.astype(jnp.float32), 0)
-    seen = jnp.where(start < 0, jnp.exp(g), 0.0)  # what each token sees of the state
+    t, s = rows_and_columns(C)
+    past, last = (s <= t) & (s >= start), start[-1:]  # (1 1): of the segment of the new state
+    g = jnp.zeros((C, 1)) if log_decay is None else log_decay.astype(jnp.float32)
+    seen = jnp.where(start < 0, jnp.exp(_total(s <= t, g)), 0.0)  # of the state, by each token
     if beta is not None:
         beta = beta.astype(jnp.float32)
         stored = _weights(k, k, g, past)
         v = beta * (v - (k * seen) @ state)
         v = solve(beta * stored, v)
     out = (q * seen) @ state + _weights(q, k, g, past) @ v
-    left = jnp.where(t >= last, jnp.exp(g[-1:] - g), 0.0)
-    kept = jnp.where(last < 0, jnp.exp(g[-1]), 0.0)
-    return kept[:, None] * state + (k * left).T @ v, out
+    left = jnp.where(t >= last, jnp.exp(_total(s > t, g)), 0.0)  # of each token, in the new state
+    kept = jnp.where(last < 0, jnp.exp(_times(g.T, jnp.ones((C, 1)))), 0.0)  # (G 1), of the state
+    return kept * state + (k * left).T @ v, out
+
+
+def gradients(state, tokens, start, dstate, do):
+    """(of state, of tokens: q, k, v, log_decay, beta) by those of the new state and the output."""
+    _, vjp = jax.vjp(lambda state, tokens: attend(state, *tokens, start), state, tokens)
+    return vjp((dstate, do.astype(jnp.float32)))
+
+
+def cut(x, C, mode="constant"):
+    """(B T N F) -> (B N chunks C F), filled up by zeros or (mode="edge") by the last token."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % C), (0, 0), (0, 0)), mode)
+    return x.reshape(x.shape[0], -1, C, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
+
+
+def join(x, T):
+    """(B N chunks C F) -> (B T N F)"""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :T].swapaxes(1, 2)
+
+
+def cut_starts(starts, C):
+    """(B T), in the sequence -> (B 1 chunks C 1), in each chunk."""
+    starts = cut(starts[:, :, None, None], C, mode="edge")
+    return starts - C * jnp.arange(starts.shape[2])[None, None, :, None, None]
 
 
 def solve(lower, v):
     """x of (I + lower) x = v; of lower (C C) only what is below its diagonal is read.
 
-    Blocks of 1, 2, 4, ... rows are inverted, two at a time: [[A, 0], [B, D]] has the inverse
-    [[A', 0], [-D' B A', D']]. Products of matrices alone are fast on any platform, where solvers of
-    libraries are called once for each chunk and, on a busy CPU, wait for each other's threads.
+    Part after part of the rows: what is known is subtracted, and the part's own triangle inverted.
+    Solvers of libraries are called once for each chunk and, on a busy CPU, wait for each other's
+    threads; and inside a kernel there are none.
     """
-    C, n = len(lower), 1
-    size = 1 << (C - 1).bit_length()
-    lower, inverse = jnp.pad(lower, (0, size - C)), jnp.ones((size, 1, 1))
-    times = functools.partial(jnp.matmul, precision="highest")  # errors would grow with each level
-    while n < size:
-        pairs = lower.reshape(size // (2 * n), 2 * n, size // (2 * n), 2 * n)
-        below = jnp.einsum("PTPS->PTS", pairs)[:, n:, :n]
-        first, second = inverse[::2], inverse[1::2]
-        below = -times(times(second, below), first)
-        inverse = jnp.block([[first, jnp.zeros_like(first)], [below, second]])
+    parts = []
+    for i in range(0, len(v), _PART):
+        rows = slice(i, i + _PART)
+        rest = v[rows]
+        if parts:
+            rest = rest - _times(lower[rows, :i], jnp.concatenate(parts))
+        parts.append(_times(_inverse(lower[rows, rows]), rest))
+    return jnp.concatenate(parts)
+
+
+def _inverse(lower):
+    """Of I + lower, below the diagonal; by blocks of 1, 2, 4, ... rows, two at a time.
+
+    [[A, 0], [B, D]] has the inverse [[A', 0], [-D' B A', D']]; inverses of all blocks of a size are
+    the diagonal blocks of one matrix. Errors would grow with each level, so products are exact.
+    """
+    t, s = rows_and_columns(len(lower))
+    inverse, n = jnp.where(t == s, 1.0, 0.0), 1
+    while n < len(lower):
+        below = jnp.where(_halves(t, s, n), lower, 0.0)
+        inverse = inverse - _times(_times(inverse, below), inverse)
         n *= 2
-    return times(inverse[0, :C, :C], v)
+    return inverse
 
 
 def _weights(q, k, g, visible):
-    """sum_h q_th k_sh exp(g_th - g_sh) where visible, a subset of s <= t, else 0: (C C)."""
-    if g.shape[1] == 1:
-        return (q @ k.T) * jnp.exp(jnp.where(visible, g - g.T, -jnp.inf))
-    return jnp.where(visible, _by_channel(q, k, g), 0.0)
+    """sum_h q_th k_sh exp(g_(s+1)h + ... + g_th) where visible, a subset of s <= t, else 0: (C C).
 
-
-def _by_channel(q, k, g):
-    """The weights of the past under decays by channel, whose products only pairs of tokens have.
-
-    exp(g_t - g_s) = exp(g_t - r) exp(r - g_s) splits it, with both exponents <= 0 only for an r
-    between: for the queries of a part r is g before it, which serves all keys of earlier parts.
+    Decays by channel can't be taken out of the sum, but split: those up to a border between s and t
+    go with the key, those after it with the query. Pairs of blocks of 1, 2, 4, ... tokens, with a
+    border in the middle, have each s < t on the two sides of one.
     """
-    C, H = q.shape
-    part = min(C, _PART)
-    cut = lambda x: x.reshape(-1, part, H)
-    r = jnp.concatenate([jnp.zeros((1, H)), g[part - 1 : -1 : part]])  # (parts H)
-    earlier = jnp.arange(C)[None, :, None] < part * jnp.arange(len(r))[:, None, None]
-    keys = k[None] * jnp.exp(jnp.where(earlier, r[:, None] - g[None], -jnp.inf))  # (parts C H)
-    weights = (cut(q) * jnp.exp(cut(g) - r[:, None])) @ keys.mT  # (parts part C)
-    past = jnp.tril(jnp.ones((part, part), bool))[..., None]
-    decay = jnp.exp(jnp.where(past, cut(g)[:, :, None] - cut(g)[:, None], -jnp.inf))
-    own = jnp.einsum("PTH,PSH,PTSH->PTS", cut(q), cut(k), decay)
-    spread = jnp.eye(len(r))[:, None, :, None] * own[:, :, None]  # (parts part parts part)
-    return (weights.reshape(spread.shape) + spread).reshape(C, C)
+    C = len(q)
+    t, s = rows_and_columns(C)
+    if g.shape[1] == 1:
+        decay = _total(s <= t, jnp.where(t > s, g, 0.0))
+        return jnp.where(visible, (q @ k.T) * jnp.exp(decay), 0.0)
+    weights, n = jnp.where(t == s, (q * k).sum(1, keepdims=True), 0.0), 1
+    while n < C:
+        border = (t & -2 * n) + n
+        between = ((s >= border) & (s <= t)) | ((s > t) & (s < border))
+        decay = jnp.exp(_total(between, g))
+        weights += jnp.where(_halves(t, s, n), (q * decay) @ (k * decay).T, 0.0)
+        n *= 2
+    return jnp.where(visible, weights, 0.0)
+
+
+def _halves(t, s, n):
+    """Where t is in the second and s in the first block of a pair of blocks of n, a power of 2."""
+    return ((t & -2 * n) == (s & -2 * n)) & ((t & n) > (s & n))
+
+
+def _total(terms, x):
+    """Sums of the rows of x that are terms (C C) of each."""
+    return _times(terms.astype(jnp.float32), x)
+
+
+def rows_and_columns(C):
+    """Numbers of rows (C 1) and of columns (1 C)."""
+    iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (C, 1) if axis == 0 else (1, C), axis)
+    return iota(0), iota(1)

@@ -1,4 +1,4 @@
-"""A scan over chunks, batched over sequences and heads; any platform."""
+"""A scan over chunks, batched over sequences and heads; any platform, any way to differentiate."""
 
 import jax
 import jax.numpy as jnp
@@ -6,32 +6,48 @@ import jax.numpy as jnp
 from pallas_kernels.linear_recurrence import chunk as chunks
 
 
-def linear_recurrence(q, k, v, log_decay, beta, state, starts, *, chunk):
-    """(o, final state) of arguments that were checked and broadcast.
+def forward(tokens, state, starts, *, chunk, keep=True):
+    """(o, final state, and with `keep` the states before each chunk).
 
-    Backward keeps the states between chunks, and computes all else again.
+    Where JAX differentiates it, it keeps those states and computes all else again.
     """
-    T = q.shape[1]
-    C = min(chunk, -(-T // 16) * 16) if T > 1 else 1
-    if starts is None:
-        starts = jnp.full(q.shape[:2], -1)
-    beta = None if beta is None else beta[..., None]
-    tokens = [None if x is None else _cut(x, C) for x in (q, k, v, log_decay, beta)]
-    starts = _cut(starts[:, :, None, None], C, mode="edge")[:, 0]  # (B chunks C 1)
-    starts = starts - C * jnp.arange(starts.shape[1])[None, :, None, None]
+    q, _, v, *_ = tokens
+    tokens, starts = _cut(tokens, starts, chunk)
 
     @jax.checkpoint
     def body(state, x):
-        state, o = chunks.attend(state, *x)
-        return state, o.astype(v.dtype)
+        tokens, start = x
+        after, o = chunks.attend(state, *tokens, start)
+        return after, (o.astype(v.dtype), *[state] * keep)
 
-    head = lambda state, tokens, starts: jax.lax.scan(body, state, (*tokens, starts))
-    heads = jax.vmap(head, in_axes=(0, 0, None))
-    state, o = jax.vmap(heads)(state, tokens, starts)  # o: (B N chunks C V)
-    return o.reshape(*o.shape[:2], -1, o.shape[-1])[:, :, :T].swapaxes(1, 2), state
+    head = lambda state, tokens, starts: jax.lax.scan(body, state, (tokens, starts))
+    state, (o, *states) = _heads(head)(state, tokens, starts)
+    return chunks.join(o, q.shape[1]), state, *states
 
 
-def _cut(x, C, mode="constant"):
-    """(B T N F) -> (B N chunks C F), the last chunk padded."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % C), (0, 0), (0, 0)), mode)
-    return x.reshape(x.shape[0], -1, C, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
+def backward(tokens, starts, states, do, dstate, *, chunk):
+    """Gradients of (tokens, initial state) by those of the output and the final state."""
+    T = do.shape[1]
+    tokens, starts = _cut(tokens, starts, chunk)
+
+    def body(dstate, x):
+        (tokens, do, state), start = x
+        return chunks.gradients(state, tokens, start, dstate, do)
+
+    head = lambda dstate, x, starts: jax.lax.scan(body, dstate, (x, starts), reverse=True)
+    x = tokens, chunks.cut(do, tokens[0].shape[3]), states
+    dstate, gradients = _heads(head)(dstate, x, starts)
+    return jax.tree.map(lambda x: chunks.join(x, T), gradients), dstate
+
+
+def _heads(fn):
+    """fn over sequences and heads; its third argument is the same for all heads."""
+    return jax.vmap(jax.vmap(fn, in_axes=(0, 0, None)))
+
+
+def _cut(tokens, starts, chunk):
+    B, T = tokens[0].shape[:2]
+    C = min(chunk, -(-T // 16) * 16) if T > 1 else 1
+    if starts is None:
+        starts = jnp.full((B, T), -1)
+    return jax.tree.map(lambda x: chunks.cut(x, C), tokens), chunks.cut_starts(starts, C)[:, 0]

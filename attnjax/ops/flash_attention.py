@@ -1,0 +1,111 @@
+"""Softmax attention by a Pallas kernel for TPU: what tiles it takes, and what it is called with."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core import masks
+from attnjax.ops import blocked_arguments, flash_mask
+from attnjax.ops import dropout as dropouts
+from pallas_kernels import flash_attention as kernels
+
+_STEP = 2**18  # what a tile costs beside its entries, in entries: a third of a microsecond
+
+
+def flash_attention(
+    q,
+    k,
+    v,
+    t,
+    s,
+    *,
+    mask,
+    bias,
+    scale,
+    softcap,
+    sinks,
+    dropout,
+    score_mod,
+    plan=None,
+    interpret=False,
+):
+    """(output, lse) as `ops.dot_product_attention` defines them; no forward-mode derivative.
+
+    t (T) and s (S) are the positions of queries and keys; plan is theirs, where it is made already.
+    Raises NotImplementedError for a score_mod, and for masks with too many tiles.
+    """
+    if score_mod is not None:
+        raise NotImplementedError("the kernel can't honour score_mod; implementation='blocked' can")
+    dtype = jnp.result_type(q, k)
+    q, k = q.astype(dtype), k.astype(dtype)
+    states, sizes = plan or plan_of(q, k, v, t, s, mask, bias)
+    visible, arrays = flash_mask.translate(mask, t, s, sizes[:2])
+    learned = q, k, v, bias, sinks
+    static = isinstance(states, np.ndarray)
+    given = t, s, arrays, dropout and dropout.seed, None if static else states
+    # gradients of arrays that are whole in some axes of a mesh are summed where this casts
+    learned, given = blocked_arguments.varying((learned, given), like=(learned, given))
+    q, k, v, bias, sinks = learned
+    t, s, arrays, seed, traced = given
+    mask = kernels.Mask(states if static else traced, visible, arrays)
+    if dropout is not None:
+        keep = functools.partial(dropouts.kept, dropout.rate)
+        dropout = kernels.Dropout(dropout.rate, keep, seed)
+    options = dict(bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
+    return kernels.flash_attention(q, k, v, t, s, mask, sizes=sizes, interpret=interpret, **options)
+
+
+class Plan(NamedTuple):
+    """Tiles, and what is seen of each."""
+
+    states: jax.Array | np.ndarray
+    sizes: kernels.Sizes
+
+
+def plan_of(q, k, v, t, s, mask, bias) -> Plan:
+    """The tiles to take: if the mask is known while tracing, those that cost least."""
+    known = all(isinstance(x, np.ndarray) for x in (t, s, *jax.tree.leaves(mask)))
+    sheets = sum(x is not None and min(x.shape[2:]) > 1 for x in (bias,))
+    sizes = kernels.choices(q, k, v, sheets=sheets)
+    if blocks := list(_blocks(mask)):  # tiles within blocks need no mask, and can be skipped
+        sizes = [_within(blocks, sizes[0])]
+    cost = lambda plan: (plan.states != kernels.EMPTY).sum() * (math.prod(plan.sizes[:2]) + _STEP)
+    plans = [Plan(_states(mask, t, s, size), size) for size in (sizes if known else sizes[:1])]
+    return min(plans, key=cost) if known else plans[0]
+
+
+def _within(blocks, sizes):
+    """Sizes that divide all blocks (queries, keys) of a mask, where the kernel can have them."""
+
+    def divides(size, *blocks):
+        sizes = range(kernels.LANES, size + 1, kernels.LANES)
+        return max((x for x in sizes if math.gcd(*blocks) % x == 0), default=size)
+
+    q, k = (divides(size, *x) for size, x in zip(sizes[:2], zip(*blocks, strict=True), strict=True))
+    return sizes._replace(block_q=q, block_k=k)
+
+
+def _blocks(mask):
+    """Sizes of all block selections in a mask."""
+    if isinstance(mask, masks.Blocks):
+        yield mask.block_q, mask.block_k
+    for part in getattr(mask, "parts", ()):
+        yield from _blocks(part)
+
+
+def _states(mask, t, s, sizes):
+    """EMPTY, PARTIAL or FULL for tiles (#B #N tq tk)."""
+    rows, columns = (masks.tile_positions(x, n) for x, n in ((t, sizes[0]), (s, sizes[1])))
+    if mask is None:
+        states = np.full((1, 1, len(rows), len(columns)), masks.FULL)
+    else:
+        states = mask.tiles(rows, columns)
+    if len(s) % sizes.block_k:  # the last column has keys that don't exist
+        most = np.where(np.arange(len(columns)) < len(columns) - 1, masks.FULL, masks.PARTIAL)
+        module = np if isinstance(states, np.ndarray) else jnp
+        states = module.minimum(states, most[None, None, None])
+    return states

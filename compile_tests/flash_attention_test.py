@@ -1,0 +1,70 @@
+"""The kernels of flash_attention, compiled for every TPU at the sizes of tiles that each gets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core import masks
+from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import dropout
+from compile_tests import calls
+from experiments import targets
+
+LONG = 128 * 1024
+NAMES = ["flash_attention", "flash_attention_dq", "flash_attention_dkv"]
+
+
+def compile_on(target, fn, args):
+    """(calls of kernels, executable), traced as on that TPU: tiles depend on its kind."""
+    mesh = jax.sharding.Mesh(np.array(targets.devices(target)[:1]), ("x",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = targets.compile_for(target, fn, args)
+    return calls.kernels(compiled), compiled
+
+
+def arrays(T, dtype, *, N=2, K=2, H=128, V=128, **more):
+    token = lambda heads, size: jax.ShapeDtypeStruct((1, T, heads, size), dtype)
+    return dict(q=token(N, H), k=token(K, H), v=token(K, V)) | more
+
+
+def attend(args):
+    """Causal; with documents and every other option if args has them."""
+    args = dict(args)
+    q, k, v = (args.pop(name) for name in "qkv")
+    options = dict(mask=masks.Causal())
+    if "segments" in args:
+        options["mask"] &= masks.Segments(args.pop("segments"))
+        options |= dict(softcap=30.0, dropout=dropout.Dropout(0.1, args.pop("key")))
+    return ops.dot_product_attention(q, k, v, return_lse=True, **args, **options)
+
+
+def gradients(args):
+    """By cotangents of output and lse both."""
+    inexact = {name: x for name, x in args.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    out, vjp = jax.vjp(lambda inexact: attend(args | inexact), inexact)
+    return vjp(jax.tree.map(jnp.ones_like, out))
+
+
+@pytest.mark.parametrize("target", calls.TPUS)
+@pytest.mark.parametrize("T", [4096, LONG])
+def test_causal_bfloat16(target, T):
+    found, compiled = compile_on(target, gradients, arrays(T, "bfloat16"))
+    assert sorted(x.name for x in found) == sorted(NAMES)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * memory.argument_size_in_bytes  # no T S anywhere
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("v5e:2x2", "bfloat16"), ("v5p:2x2x1", "float32"), ("v6e:2x2", "bfloat16")],
+)
+def test_every_option(target, dtype):
+    T, N = 4000, 4  # the last tile is part of one
+    of_scores = jax.ShapeDtypeStruct((1, N, T, T), dtype)
+    more = dict(bias=of_scores, sinks=jax.ShapeDtypeStruct((N,), "float32"))
+    more |= dict(segments=jax.ShapeDtypeStruct((1, T), "int32"))
+    more |= dict(key=jax.eval_shape(lambda: jax.random.key(0)))
+    args = arrays(T, dtype, N=N, H=192, **more)
+    found, _ = compile_on(target, gradients, args)
+    assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dbias"])

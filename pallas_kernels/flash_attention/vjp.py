@@ -1,0 +1,106 @@
+"""Attention as a function with a gradient, from arrays as they come to tiles and back."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.flash_attention import backward, forward
+from pallas_kernels.flash_attention import sheet as sheets
+from pallas_kernels.flash_attention.tile import Options, Tiles
+
+
+class Learned(NamedTuple):
+    """What has gradients."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    sinks: jax.Array | None
+
+
+class Given(NamedTuple):
+    """What has none."""
+
+    t: jax.Array
+    s: jax.Array
+    arrays: tuple[jax.Array, ...]
+    seed: jax.Array | None
+    states: jax.Array | None  # if not known while tracing
+
+
+class Static(NamedTuple):
+    """What is known while tracing."""
+
+    options: Options
+    states: np.ndarray | None
+    interpret: object
+
+
+def _call(kernel, static, tiles, given):
+    states = given.states if static.states is None else static.states
+    return kernel(static.options, tiles, states, interpret=static.interpret)
+
+
+def _tiles(static, learned, given, **of_output):
+    """Everything cut into tiles."""
+    (bq, bk), bias, sinks = static.options.blocks, learned.bias, learned.sinks
+    lay = lambda x: sheets.lay(x, bq, bk)
+    needed = static.options.visible or static.options.keep
+    at = lambda x, shape: lay(jnp.asarray(x, jnp.int32).reshape(shape)) if needed else None
+    return Tiles(
+        q=_heads_first(learned.q, bq),
+        k=_heads_first(learned.k, bk),
+        v=_heads_first(learned.v, bk),
+        t=at(given.t, (1, 1, -1, 1)),
+        s=at(given.s, (1, 1, 1, -1)),
+        arrays=tuple(map(lay, given.arrays)),
+        bias=None if bias is None else lay(bias),
+        sinks=None if sinks is None else sinks.astype(jnp.float32),
+        seed=given.seed,
+        **of_output,
+    )
+
+
+def _heads_first(x, block):
+    return sheets.pad(x.swapaxes(1, 2), 2, block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(static: Static, learned: Learned, given: Given):
+    """(o (B T N V), lse (B T N))."""
+    T = learned.q.shape[1]
+    o, lse = _call(forward.attend, static, _tiles(static, learned, given), given)
+    return o[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T].swapaxes(1, 2)
+
+
+def _forward(static, learned, given):
+    o, lse = attend(static, learned, given)
+    return (o, lse), (learned, given, o, lse)
+
+
+def _backward(static, residuals, cotangents):
+    (learned, given, o, lse), (do, dlse) = residuals, cotangents
+    (T, S), (bq, _) = (x.shape[1] for x in learned[:2]), static.options.blocks
+    empty = lse == -jnp.inf  # sees nothing: its weights and gradients must be 0, not NaN
+    lse = jnp.where(empty, jnp.inf, lse)
+    delta = jnp.where(empty, 0.0, jnp.sum(do.astype(jnp.float32) * o, -1) - dlse)
+    of_output = dict(lse=sheets.by_query(lse, bq, jnp.inf), delta=sheets.by_query(delta, bq, 0.0))
+    tiles = _tiles(static, learned, given, do=_heads_first(do, bq), **of_output)
+    dq = _call(backward.queries, static, tiles, given)
+    dk, dv = _call(backward.keys_and_values, static, tiles, given)
+    dq, dk, dv = (x.swapaxes(1, 2)[:, :n] for x, n in ((dq, T), (dk, S), (dv, S)))
+    dbias = dsinks = None
+    if learned.bias is not None:
+        dbias = _call(backward.biases, static, tiles, given)
+        dbias = sheets.unlay(dbias, tiles.bias.wide, T, S).astype(learned.bias.dtype)
+    if learned.sinks is not None:
+        share = jnp.exp(learned.sinks.astype(jnp.float32)[None, None] - lse)
+        dsinks = -jnp.sum(share * delta, (0, 1)).astype(learned.sinks.dtype)
+    return Learned(dq, dk, dv, dbias, dsinks), None
+
+
+attend.defvjp(_forward, _backward)
