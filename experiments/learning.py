@@ -59,8 +59,12 @@ def loss_sums(model, params, batch: Batch, key, *, label_smoothing: float = 0.0)
         logits = model.apply({"params": params}, batch["inputs"], rngs={"noise": key})
         targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape))
-    wanted = optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), label_smoothing)
-    loss = (weights * optax.softmax_cross_entropy(logits, wanted)).sum()
+    # by index, as targets over a large vocabulary would be the largest array of all
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if label_smoothing:
+        evenly = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * evenly
+    loss = (weights * losses).sum()
     correct = (weights * (logits.argmax(-1) == targets)).sum()
     return loss, {"loss": loss, "correct": correct, "weight": weights.sum()}
 

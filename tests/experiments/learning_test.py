@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import config as configs
@@ -35,6 +36,16 @@ def test_loss_counts_only_weighted_targets(setting):
                                                                         strict=True))  # fmt: skip
     np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
     assert sums["weight"] == 4 * 2
+
+
+def test_smoothed_labels_are_those_of_optax(setting):
+    model, _, state, batch = setting
+    run = lambda b: learning.loss_sums(model, state["params"], b, state["key"], label_smoothing=0.1)
+    loss, _ = jax.jit(run)(batch)
+    logits = model.apply({"params": state["params"]}, batch["inputs"])
+    wanted = optax.smooth_labels(jax.nn.one_hot(batch["targets"], logits.shape[-1]), 0.1)
+    expected = (batch["weights"] * optax.softmax_cross_entropy(logits, wanted)).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter(setting):
