@@ -33,7 +33,7 @@ class Scaling:
     """Exponents of time and memory; exit code 1 where one is above a claim to be linear."""
 
     mechanisms: tuple[str, ...] = ()
-    """Names; where there are none, all that map sequences or grids."""
+    """Names, whose rows in the file are renewed; where none is given, all of sequences or grids."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     """Lengths of the record's example, growing."""
     upper: int = 3
@@ -60,6 +60,7 @@ def run(config: Scaling) -> int:
 
     try:
         names = select(config.mechanisms)
+        others = kept(config, names)
     except ValueError as error:
         print(f"attnjax benchmark: {error}", file=sys.stderr)
         return 2
@@ -72,7 +73,7 @@ def run(config: Scaling) -> int:
             rows.append(judge(name, measure(registry.get(name), config), config))
             progress.advance(bar)
     show(rows)
-    write(rows, config)
+    write(sorted([*others, *rows], key=lambda row: row["name"]), config)
     return int(any(row["false_claims"] for row in rows))
 
 
@@ -187,14 +188,36 @@ def _cell(row, what):
     return f"{text} (claimed linear)" if claim in row["claims"] else text
 
 
+def kept(config: Scaling, names: list[str]) -> list[dict]:
+    """Rows that config.out has already of others than `names`, where only some are measured.
+
+    Raises ValueError where those were measured elsewhere or otherwise.
+    """
+    if not config.mechanisms or not config.out.exists():
+        return []
+    page = json.loads(config.out.read_text())
+    rows = page.pop("mechanisms")
+    if page != _circumstances(config):
+        raise ValueError(
+            f"{config.out.name} has another machine, versions or settings: name another with --out"
+        )
+    return [row for row in rows if row["name"] not in names]
+
+
 def write(rows: list[dict], config: Scaling):
     """The JSON file config.out: machine, versions, settings and a row for each mechanism."""
-    page = {
-        "machine": benchmark_results.machine(),
-        "versions": benchmark_results.versions(),
-        "config": vars(config) | {"out": config.out.name},
-        "mechanisms": rows,
-    }
+    page = _circumstances(config) | {"mechanisms": rows}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(page, indent=1) + "\n")
     print(f"wrote {config.out}")
+
+
+def _circumstances(config):
+    """All that rows of one file have in common, as JSON reads it back."""
+    settings = {k: v for k, v in vars(config).items() if k not in ("mechanisms", "out")}
+    page = {
+        "machine": benchmark_results.machine(),
+        "versions": benchmark_results.versions(),
+        "config": settings,
+    }
+    return json.loads(json.dumps(page))

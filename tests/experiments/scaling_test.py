@@ -70,7 +70,14 @@ def test_the_command_measures_writes_and_judges(tmp_path, capsys):
         assert [point["length"] for point in row["points"]] == [8, 16]
         assert all(point["seconds"] > 0 and point["bytes"] > 0 for point in row["points"])
     assert "window.swin" in capsys.readouterr().out
+    assert cli.main(["benchmark", "scaling", "--mechanisms", "eca_net", *argv]) == 0
+    names = [row["name"] for row in json.loads(out.read_text())["mechanisms"]]
+    assert names == ["channel_spatial.eca_net", "softmax.gqa", "window.swin"]
+    capsys.readouterr()
     argv[argv.index("9")] = "-9"
+    assert cli.main(["benchmark", "scaling", "--mechanisms", "swin", *argv]) == 2
+    assert "another machine, versions or settings" in capsys.readouterr().err
+    argv[-1] = str(tmp_path / "others.json")
     assert cli.main(["benchmark", "scaling", "--mechanisms", "swin", *argv]) == 1
     assert "false" in capsys.readouterr().out
 
