@@ -40,7 +40,7 @@ class Scaling:
     """An exponent is fitted to so many of the longest."""
     runs: int = 3
     """Runs of each, after one that is not counted."""
-    seconds: float = 3.0
+    seconds: float = 1.0
     """A mechanism with a run longer than this gets no longer input."""
     gigabytes: float = 4.0
     """A step that needs more memory than this is not run, and none of a longer input compiled."""

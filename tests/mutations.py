@@ -124,8 +124,8 @@ MUTATIONS = (
     Mutation(
         "sharded positions begin at zero on every device",
         "attnjax/parallel/ring.py",
-        "here * q.shape[1] + jnp.arange(q.shape[1])",
-        "0 * here + jnp.arange(q.shape[1])",
+        "t = travel.positions(self.order, self.ring.here, self.ring.size, q.shape[1])",
+        "t = travel.positions(self.order, 0 * self.ring.here, self.ring.size, q.shape[1])",
         conforms("multi_head_attention"),
     ),
 )

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnjax.core.masks import Mask
-from attnjax.ops import flash_attention
+from attnjax.ops import flash_attention, flash_mask
 from attnjax.ops.blocked_attention import blocked_attention
 from attnjax.ops.dense_attention import dense_attention
 from attnjax.ops.dropout import Dropout
@@ -94,7 +94,7 @@ def _by_platform(q, k, v, t, s, **options):
     if options["score_mod"] is not None or min(len(t), len(s)) < kernels.LANES:
         return blocked_attention(q, k, v, t, s, **options)
     plan = flash_attention.plan_of(q, k, v, t, s, options["mask"], options["bias"])
-    if not kernels.fits(plan.states.shape):
+    if not kernels.fits(plan.states.shape) or flash_mask.grows(options["mask"], t, s, plan.sizes):
         return blocked_attention(q, k, v, t, s, **options)
     return jax.lax.platform_dependent(
         tpu=lambda: flash_attention.flash_attention(q, k, v, t, s, plan=plan, **options),

@@ -29,6 +29,13 @@ def translate(
     return _all(needed, operator.and_, t, s) if needed else (None, ())
 
 
+def grows(mask: masks.Mask | None, t, s, sizes) -> bool:
+    """Whether `translate` would write a mask out for every score, though it holds less itself."""
+    held = max((x.size for x in jax.tree.leaves(mask)), default=0)
+    arrays = jax.eval_shape(lambda: translate(mask, t, s, sizes[:2])[1])
+    return any(min(x.shape[2:]) > 1 and x.size > held for x in arrays)
+
+
 def _decided(mask, t, s, blocks):
     """Whether tiles are empty or full, because each lies within one block of a selection."""
     if not isinstance(mask, masks.Blocks):

@@ -90,7 +90,9 @@ class Places:
             letters = call.letters[name]
             widths = [(0, self.length(a) - self.sizes[a] if a in _SEQUENCE else 0) for a in letters]
             x = jnp.pad(x, widths, "edge") if any(map(sum, widths)) else x
-            return jnp.repeat(x, self.repeat, letters.index("K")) if "K" in letters else x
+            if self.repeat == 1 or "K" not in letters:
+                return x
+            return jnp.repeat(x, self.repeat, letters.index("K"))
 
         return call._replace(arrays={name: fill(name, x) for name, x in call.arrays.items()})
 
