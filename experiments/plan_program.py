@@ -72,7 +72,8 @@ def make(config, target: str, mesh, strategy: str | None = None) -> Planned:
     about = dict(strategy=strategy or "", length=length)
     state, batch, update = _step(config, source, example, mesh, strategy)
     try:
-        with _quiet():
+        # so that nothing traced takes this process's devices for those of the target
+        with _quiet(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             compiled = targets.compile_for(target, update, state, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -78,14 +78,15 @@ CHECKPOINTS = {  # name: what trains it, and with what
     "lm_moba-tiny.mqar-short@1": (recall, "moba(block=8, topk=2)"),
     "lm_landmark-tiny.mqar-short@1": (recall, "landmark_attention(block=8)"),
     "lm_hedgehog-tiny.mqar-short@1": (recall, "hedgehog"),
-    "lm_fast-tiny.mqar-short@1": (recall, "fast_attention(order=2)"),
+    "lm_fast-tiny.mqar-short@1": (recall, "fast_attention(order=1)"),
     "lm_lightning-tiny.mqar-short@1": (recall, "lightning_attention_2"),
     "lm_retention-tiny.mqar-short@1": (recall, "retention"),
     "lm_gla-tiny.mqar-short@1": (recall, "gated_linear_attention"),
     "lm_hgrn2-tiny.mqar-short@1": (recall, "hgrn2"),
-    "lm_deltanet-tiny.mqar-short@1": (recall, "delta_net"),
-    "lm_gateddeltanet-tiny.mqar-short@1": (recall, "gated_delta_net"),
+    "lm_delta-tiny.mqar-short@1": (recall, "delta_net"),
+    "lm_gated_delta-tiny.mqar-short@1": (recall, "gated_delta_net"),
     "lm_mamba-tiny.mqar-short@1": (recall, "mamba"),
+    "lm_transnormer-tiny.mqar-short@1": (recall, "transnormerllm"),
 }  # fmt: skip
 
 

@@ -337,16 +337,16 @@ def _extend(name):
     return jax.jit(functools.partial(apply, name, method="extend"))
 
 
-def _with_gradient(name):
-    record = registry.get(name)
+def _with_gradient(name, **options):
+    fn = functools.partial(registry.get(name).fn, **options)
 
     def run(args):
         loss = lambda learned: sum(
-            x.astype(jnp.float32).sum() for x in jax.tree.leaves(record.fn(**(args | learned)))
+            x.astype(jnp.float32).sum() for x in jax.tree.leaves(fn(**(args | learned)))
         )
         return jax.value_and_grad(loss)(floats(args))
 
-    return run, lambda T: jax.eval_shape(lambda: record.example(KEY, T))
+    return run, lambda T: jax.eval_shape(lambda: registry.get(name).example(KEY, T))
 
 
 @recent
@@ -370,7 +370,7 @@ def test_linear_compute(name):
 @every_mechanism_with(Claim.FUSED)
 def test_kernel_agrees_with_its_oracle_and_lowers_for_tpu(name):
     assert_agrees_with_its_oracle(name, 67, implementation="interpret")
-    run, example = _with_gradient(name)
+    run, example = _with_gradient(name, implementation="pallas")
     exported = jax.export.export(jax.jit(run), platforms=["tpu"])(example(256))
     assert "tpu_custom_call" in exported.mlir_module()
 

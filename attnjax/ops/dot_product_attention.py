@@ -23,6 +23,7 @@ from attnjax.ops.blocked_attention import blocked_attention
 from attnjax.ops.dense_attention import dense_attention
 from attnjax.ops.dropout import Dropout
 from pallas_kernels import flash_attention as kernels
+from pallas_kernels import placing
 
 Implementation = Literal["dense", "blocked", "pallas", "interpret"]
 
@@ -64,7 +65,8 @@ def dot_product_attention(
       implementation: "dense" holds the matrix (and alone has forward-mode derivatives), "blocked"
         is exact with O(T) memory and skips tiles that the mask empties; so is "pallas", a kernel
         for TPU, and "interpret" runs that kernel on any platform, slowly. None chooses by size,
-        and above the sizes of "dense" the kernel where the call is lowered for TPU.
+        and above the sizes of "dense" the kernel where the call is lowered for TPU and runs whole
+        on each device: there is but one, or it is within a shard_map over all axes of its mesh.
 
     Returns the output in v's dtype. Raises ValueError for shapes that don't fit, and
     NotImplementedError for what the kernel can't honour: score_mod, and masks with too many tiles.
@@ -91,7 +93,8 @@ def dot_product_attention(
 
 def _by_platform(q, k, v, t, s, **options):
     """The kernel where it is lowered for TPU and can be had; blocked elsewhere."""
-    if options["score_mod"] is not None or min(len(t), len(s)) < kernels.LANES:
+    small = min(len(t), len(s)) < kernels.LANES
+    if small or options["score_mod"] is not None or not placing.whole():
         return blocked_attention(q, k, v, t, s, **options)
     plan = flash_attention.plan_of(q, k, v, t, s, options["mask"], options["bias"])
     if not kernels.fits(plan.states.shape) or flash_mask.grows(options["mask"], t, s, plan.sizes):

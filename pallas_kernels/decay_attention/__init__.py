@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import placing
 from pallas_kernels import segments as documents
 from pallas_kernels.decay_attention import mosaic_tpu, xla
 
@@ -49,7 +50,8 @@ def decay_attention(
       initial_state: the state after earlier tokens; None is zero.
       chunk: tokens taken at once, a multiple of 16.
       implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
-        slowly. None is the kernel where the call is lowered for TPU and XLA elsewhere.
+        slowly. None is the kernel where the call is lowered for TPU and runs whole on each device
+        (`placing`), and XLA elsewhere.
 
     Everything else has a gradient. Raises ValueError for arguments that don't fit.
     """
@@ -84,9 +86,9 @@ def _op(q, k, v, state, segments, log_decay, chunk, implementation):
     by_xla = functools.partial(xla.decay_attention, chunk=chunk)
     by_kernel = functools.partial(mosaic_tpu.decay_attention, chunk=chunk)
     match implementation:
-        case None:
+        case None if placing.whole():
             return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
-        case "xla":
+        case None | "xla":
             return by_xla(*args)
         case _:
             return by_kernel(*args, interpret=implementation == "interpret")

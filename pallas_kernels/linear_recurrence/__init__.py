@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import placing
 from pallas_kernels import segments as documents
 from pallas_kernels.linear_recurrence import mosaic_tpu, xla
 
@@ -53,8 +54,9 @@ def linear_recurrence(
       initial_state: the state after earlier tokens; None is zero.
       chunk: tokens taken at once, a multiple of 16.
       implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
-        slowly. None is the kernel where the call is lowered for TPU and XLA elsewhere. Only "xla"
-        has forward-mode derivatives (jax.jvp) and derivatives of the gradient.
+        slowly. None is the kernel where the call is lowered for TPU and runs whole on each
+        device (`placing`), and XLA elsewhere. Only "xla" has forward-mode derivatives (jax.jvp) and
+        derivatives of the gradient.
 
     All arrays but segments have gradients. Raises ValueError for arguments that don't fit.
     """
@@ -96,9 +98,11 @@ _op.defvjp(_forward, _backward)
 def _run(name, args, implementation, **options):
     by_xla = functools.partial(getattr(xla, name), **options)
     by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
-    if implementation is None:
+    if implementation is not None:
+        return by_kernel(*args, interpret=implementation == "interpret")
+    if placing.whole():
         return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
-    return by_kernel(*args, interpret=implementation == "interpret")
+    return by_xla(*args)
 
 
 def _check(q, k, v, log_decay, beta, segments, initial_state, chunk, implementation):

@@ -15,6 +15,7 @@ from attnjax.core import masks, registry
 from attnjax.ops import dense_attention, dropout, flash_attention
 from attnjax.ops import dot_product_attention as ops
 from pallas_kernels import flash_attention as kernels
+from pallas_kernels import placing
 from tests.parallel import helpers
 
 
@@ -236,6 +237,7 @@ def test_score_mod_needs_another_implementation():
 )
 def test_default_is_the_kernel_on_tpu(monkeypatch, T, S, options, kernels_for_tpu):
     monkeypatch.undo()
+    monkeypatch.setattr(placing, "whole", lambda: True)
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (T, S))
     loss = lambda q, k: ops.dot_product_attention(q, k, k, **options).astype(jnp.float32).sum()
     grad = jax.jit(jax.grad(loss, (0, 1)))

@@ -10,6 +10,7 @@ import pytest
 
 from attnjax.core import sharding
 from pallas_kernels import decay_attention as kernels
+from pallas_kernels import placing
 
 KEY = jax.random.key(0)
 
@@ -109,7 +110,8 @@ def test_bfloat16_goes_in_and_out_with_a_float32_state():
     ("T", "V", "dtype", "segmented"),
     [(1, 8, "float32", False), (300, 128, "bfloat16", False), (70, 65, "float32", True)],
 )
-def test_kernel_lowers_for_tpu_by_default(T, V, dtype, segmented):
+def test_kernel_lowers_for_tpu_by_default(T, V, dtype, segmented, monkeypatch):
+    monkeypatch.setattr(placing, "whole", lambda: True)
     shapes = jax.eval_shape(lambda: inputs(T, H=8, V=V, dtype=dtype))
     segments = jnp.zeros((2, T), int) if segmented else None
     fn = functools.partial(kernels.decay_attention, segments=segments)

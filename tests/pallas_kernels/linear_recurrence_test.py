@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnjax.core import sharding
 from pallas_kernels import linear_recurrence as kernels
+from pallas_kernels import placing
 from pallas_kernels import segments as documents
 from pallas_kernels.linear_recurrence import mosaic_tpu, xla
 
@@ -178,7 +179,8 @@ def test_two_cores_do_not_race():
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_kernels_lower_for_tpu_by_default(gate):
+def test_kernels_lower_for_tpu_by_default(gate, monkeypatch):
+    monkeypatch.setattr(placing, "whole", lambda: True)
     args = jax.eval_shape(lambda: inputs(gate, 70, jnp.bfloat16))
     loss = lambda args: sum(
         x.astype(jnp.float32).sum() for x in kernels.linear_recurrence(**args, segments=packed(70))
