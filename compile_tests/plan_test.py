@@ -62,8 +62,10 @@ def test_ring_and_gather_send_what_their_formulas_say(target):
     mesh = dict(context=4)
     ring = make(target, strategy="ring", mesh=mesh).count.collectives
     # keys and values go to each other device; in the backward pass once more, and their gradients
-    # come back to where the keys are: with at most one turn to spare
-    least = L * (2 * 3 * piece + 2 * 3 * piece + 2 * 4 * piece)
+    # come back to where the keys are: with at most one turn to spare. On TPU keys and values only
+    # enter products of bfloat16, and are sent as that
+    narrow = piece // 2 if target.startswith("v5e") else piece
+    least = L * (2 * 3 * narrow + 2 * 3 * narrow + 2 * 4 * piece)
     permutes = ring["collective-permute"].bytes
     assert least <= permutes <= least + L * 4 * piece
     gather = make(target, strategy="gather", mesh=mesh).count.collectives
@@ -71,7 +73,7 @@ def test_ring_and_gather_send_what_their_formulas_say(target):
 
 
 def test_a_kernel_counts_as_it_says():
-    made = make("v5e:2x2", mixer="retention", length=1024, mesh=dict(data=4))
+    made = make("v5e:1x1", mixer="retention", length=1024)
     assert made.count.kernel_flops > 0 and not made.count.kernels_without_cost
 
 
