@@ -19,10 +19,10 @@ def test_a_shipped_checkpoint_repeats_its_metric(name):
     assert card.parameters == sum(x.size for x in jax.tree.leaves(params))
 
 
-def test_there_are_six_small_ones_of_different_families():
+def test_there_are_small_ones_of_different_families():
     cards = zoo.list(root=store.SHIPPED)
     families = {name.partition(".")[0] for card in cards for name in card.mechanisms}
-    assert len(cards) >= 6 and len(families) >= 4
+    assert len(cards) >= 20 and len(families) >= 6
     for card in cards:
         assert sum(f.stat().st_size for f in (store.SHIPPED / card.name).iterdir()) <= 2**20
         assert len(card.metrics["accuracy"]["per_seed"]) >= 3
