@@ -3,7 +3,7 @@
 For each mechanism over sequences or grids: its function and the gradient, on its record's example,
 at growing lengths. Memory is what XLA sets aside for the compiled step beside its arguments and
 results; it is exact and needs no run. Time is the fastest of a few runs. An exponent is the slope
-of a least-squares line through the logarithms at the upper lengths: 1 is linear, 2 quadratic.
+of a least-squares line through the logarithms: 1 is linear, 2 quadratic.
 """
 
 import ctypes
@@ -36,8 +36,8 @@ class Scaling:
     """Names, whose rows in the file are renewed; where none is given, all of sequences or grids."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     """Lengths of the record's example, growing."""
-    upper: int = 3
-    """An exponent is fitted to so many of the longest."""
+    fitted_from: int = 1024
+    """An exponent is fitted to lengths from here on: where windows and selections are full."""
     runs: int = 3
     """Runs of each, after one that is not counted."""
     seconds: float = 1.0
@@ -50,8 +50,9 @@ class Scaling:
     """Where the numbers go."""
 
     def __post_init__(self):
-        if self.upper < 2 or len(self.lengths) < 2 or list(self.lengths) != sorted(self.lengths):
-            raise ValueError(f"{self.lengths=} must be two or more, growing; {self.upper=} too")
+        fitted = [length for length in self.lengths if length >= self.fitted_from]
+        if len(fitted) < 2 or list(self.lengths) != sorted(self.lengths):
+            raise ValueError(f"{self.lengths=} must grow, two or more from {self.fitted_from=} on")
 
 
 def run(config: Scaling) -> int:
@@ -141,10 +142,10 @@ def fastest(step, args, runs: int) -> float:
     return min(times)
 
 
-def exponent(lengths, values, upper: int) -> float | None:
-    """The slope of the last `upper` in logarithms; None where there are fewer than two."""
-    pairs = [(n, max(x, 1e-9)) for n, x in zip(lengths, values, strict=True) if x is not None]
-    pairs = np.log(pairs[-upper:])
+def exponent(lengths, values, first: int) -> float | None:
+    """The slope in logarithms from length `first` on; None where that is not two points."""
+    pairs = zip(lengths, values, strict=True)
+    pairs = np.log([(n, max(x, 1e-9)) for n, x in pairs if x is not None and n >= first])
     return float(np.polyfit(*pairs.T, 1)[0]) if len(pairs) > 1 else None
 
 
@@ -154,7 +155,7 @@ def judge(name: str, points: list[dict], config: Scaling) -> dict:
     claims = registry.get(name).claims
     row = {"name": name, "points": points, "exponents": {}, "claims": [], "false_claims": []}
     for what, claim in CLAIMS.items():
-        found = exponent(lengths, [point[what] for point in points], config.upper)
+        found = exponent(lengths, [point[what] for point in points], config.fitted_from)
         row["exponents"][what] = found
         if claim in claims:
             row["claims"].append(claim.name)

@@ -9,18 +9,19 @@ from attnjax.core.registry import Claim
 from experiments import scaling
 
 LENGTHS = (64, 128, 256)
+SHORT = scaling.Scaling(lengths=LENGTHS, fitted_from=64)
 POINTS = [{"length": n, "bytes": 7 * n, "seconds": 1e-9 * n**2} for n in LENGTHS]
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.5, 2.0])
-def test_finds_known_powers_in_the_upper_lengths(power):
+def test_finds_known_powers_in_the_lengths_from_one_on(power):
     values = [100.0] + [0.3 * n**power for n in LENGTHS]  # the first is all overhead
-    assert scaling.exponent((8, *LENGTHS), values, upper=3) == pytest.approx(power, abs=1e-6)
+    assert scaling.exponent((8, *LENGTHS), values, first=64) == pytest.approx(power, abs=1e-6)
 
 
 def test_what_did_not_run_counts_in_no_exponent():
-    assert scaling.exponent(LENGTHS, [2.0, 4.0, None], upper=2) == pytest.approx(1.0)
-    assert scaling.exponent(LENGTHS, [2.0, None, None], upper=2) is None
+    assert scaling.exponent(LENGTHS, [2.0, 4.0, None], first=64) == pytest.approx(1.0)
+    assert scaling.exponent(LENGTHS, [2.0, None, None], first=64) is None
 
 
 def claiming(monkeypatch, name, *claims):
@@ -32,17 +33,17 @@ def claiming(monkeypatch, name, *claims):
 
 def test_a_false_claim_of_time_is_caught(monkeypatch):
     claiming(monkeypatch, "softmax.gqa", *scaling.CLAIMS.values())
-    row = scaling.judge("softmax.gqa", POINTS, scaling.Scaling())
+    row = scaling.judge("softmax.gqa", POINTS, SHORT)
     assert row["exponents"] == pytest.approx({"seconds": 2.0, "bytes": 1.0})
     assert row["false_claims"] == ["LINEAR_COMPUTE"]
     claiming(monkeypatch, "softmax.gqa", Claim.LINEAR_MEMORY)
-    assert not scaling.judge("softmax.gqa", POINTS, scaling.Scaling())["false_claims"]
+    assert not scaling.judge("softmax.gqa", POINTS, SHORT)["false_claims"]
 
 
 def test_a_false_claim_of_memory_is_caught(monkeypatch):
     monkeypatch.setattr(scaling, "fastest", lambda *_: 0.1)
     record = claiming(monkeypatch, "softmax.gqa", Claim.LINEAR_MEMORY)
-    config = scaling.Scaling(lengths=LENGTHS, upper=2)  # so short that the matrix is held
+    config = scaling.Scaling(lengths=LENGTHS, fitted_from=128)  # so short that the matrix is held
     row = scaling.judge("softmax.gqa", scaling.measure(record, config), config)
     assert row["exponents"]["bytes"] > 1.5 and row["false_claims"] == ["LINEAR_MEMORY"]
 
@@ -50,15 +51,27 @@ def test_a_false_claim_of_memory_is_caught(monkeypatch):
 def test_stops_at_a_limit(monkeypatch):
     record, seconds = registry.get("softmax.gqa"), iter((0.1, 5.0))
     monkeypatch.setattr(scaling, "fastest", lambda *_: next(seconds))
-    slow = scaling.measure(record, scaling.Scaling(lengths=LENGTHS))
+    slow = scaling.measure(record, SHORT)
     assert [point["seconds"] for point in slow] == [0.1, 5.0]
-    large = scaling.measure(record, scaling.Scaling(lengths=LENGTHS, gigabytes=0.0))
+    large = scaling.measure(record, dataclasses.replace(SHORT, gigabytes=0.0))
     assert len(large) == 1 and large[0]["seconds"] is None and large[0]["bytes"] > 0
 
 
 def test_the_command_measures_writes_and_judges(tmp_path, capsys):
     out = tmp_path / "numbers.json"
-    argv = ["--lengths", "8", "16", "--runs", "1", "--most", "9", "--out", str(out)]
+    argv = [
+        "--lengths",
+        "8",
+        "16",
+        "--fitted-from",
+        "8",
+        "--runs",
+        "1",
+        "--most",
+        "9",
+        "--out",
+        str(out),
+    ]
     names = ["gqa", "swin"]
     assert cli.main(["benchmark", "scaling", "--mechanisms", *names, *argv]) == 0
     page = json.loads(out.read_text())
@@ -89,5 +102,5 @@ def test_a_wrong_name_is_named(name, capsys):
 
 
 def test_refuses_lengths_that_show_nothing():
-    with pytest.raises(ValueError, match="must be two or more"):
+    with pytest.raises(ValueError, match="two or more from"):
         scaling.Scaling(lengths=(8,))
