@@ -69,7 +69,7 @@ def test_ring_and_gather_send_what_their_formulas_say(target):
     permutes = ring["collective-permute"].bytes
     assert least <= permutes <= least + L * 4 * piece
     gather = make(target, strategy="gather", mesh=mesh).count.collectives
-    assert gather["all-gather"].bytes >= L * 2 * 3 * piece
+    assert gather["all-gather"].bytes >= L * 2 * 3 * narrow
 
 
 def test_a_kernel_counts_as_it_says():
