@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from experiments import confidence
 
-_LINES = ("-", "--", ":")  # a line style for every ten colours
+_LINES = {"-": "o", "--": "s", ":": "^"}  # a line style, and a marker, for every ten colours
 
 Rows = Sequence[Mapping]
 
@@ -34,8 +34,11 @@ def states(rows: Rows) -> Figure:
             continue
         mean, half = found
         at = row["state_bytes"] / 1024, mean
-        axes.errorbar(*at, half, fmt="o", capsize=3, color=style["color"], label=row["mechanism"])
-    axes.set(xscale="log", xlabel="KiB of decode state", ylabel="test accuracy")
+        look = dict(fmt=_LINES[style["ls"]], capsize=3, color=style["color"])
+        axes.errorbar(*at, half, **look, label=row["mechanism"])
+    axes.set(xscale="log", xlabel="KiB of decode state", ylabel="test accuracy", ylim=(0, 1.05))
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
     return _with_legend(figure, axes)
 
 
@@ -63,7 +66,8 @@ def _panels(count):
 
 def _styles(rows) -> list[dict[str, str]]:
     """As many styles as rows, the same in every picture."""
-    return [{"color": f"C{i % 10}", "ls": _LINES[i // 10 % 3]} for i in range(len(rows))]
+    lines = list(_LINES)
+    return [{"color": f"C{i % 10}", "ls": lines[i // 10 % 3]} for i in range(len(rows))]
 
 
 def _with_legend(figure, axes) -> Figure:
