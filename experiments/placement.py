@@ -97,7 +97,7 @@ def _over_mesh(init, step, sums, optimiser, example, mesh) -> Placed:
         optimiser, lambda _, s: s, shapes["opt_state"], params, transform_non_params=lambda _: whole
     )
     places = dict(params=params, opt_state=opt_state, step=whole, key=whole)
-    batch_places = {k: NamedSharding(mesh, _batch_spec(k, x)) for k, x in example.items()}
+    batch_places = {k: NamedSharding(mesh, batch_spec(k, x)) for k, x in example.items()}
 
     def put(batch):
         place = lambda name: batch_places.get(name, NamedSharding(mesh, P(("data", "fsdp"))))
@@ -116,7 +116,7 @@ def _over_mesh(init, step, sums, optimiser, example, mesh) -> Placed:
     )
 
 
-def _batch_spec(name, x):
+def batch_spec(name, x):
     return sharding.BATCH if name in ("inputs", "targets", "weights") and x.ndim > 1 else P(
         ("data", "fsdp")
     )  # fmt: skip

@@ -30,7 +30,7 @@ class Plan(configs.Experiment):
     """Accelerator and topology: v5p:4x4x4, v5e:16x16, v6e:8x8, h100:8, h100:2x8."""
     context_strategies: tuple[str, ...] | None = None
     """Strategies of context parallelism to compare, as in ring "ring(order='zigzag')"; all of the
-    mechanisms' where there are none and mesh.context > 1."""
+    mechanisms' where there are none, mesh.context > 1 and no --strategy is given."""
     longest: bool = False
     """Search the longest sequence that fits, for the best strategy; compiles several times."""
     json: str = ""
@@ -108,6 +108,10 @@ def _strategies(config, mesh):
     if mesh.shape["context"] == 1:
         if wanted is not None:
             raise ValueError("context_strategies need mesh.context > 1, as in --mesh.context 4")
+        return [None]
+    if config.strategy:
+        if wanted is not None:
+            raise ValueError("strategy and context_strategies must not both be given")
         return [None]
     known = plan_program.strategies(config)
     for name in (registry.parse_call(text)[0] for text in wanted or ()):

@@ -57,7 +57,8 @@ def strategies(config) -> list[str]:
 def make(config, target: str, mesh, strategy: str | None = None) -> Planned:
     """Compiles and counts the step that `experiments.train` would run.
 
-    strategy None is each mechanism's own first. Raises ValueError for a length that doesn't divide.
+    strategy None is the config's, or else each mechanism's own first. Raises ValueError for a
+    length that doesn't divide.
     """
     _, source = configs.make_task(config.task, "train")
     example = {name: np.asarray(x) for name, x in source[0].items()}
@@ -86,7 +87,7 @@ def make(config, target: str, mesh, strategy: str | None = None) -> Planned:
 
 def _step(config, source, example, mesh, strategy):
     """(state, batch, update): shapes with their places, and the jitted step."""
-    substitute = placement.context_parallel(mesh)
+    substitute = placement.context_parallel(mesh, config)
     if strategy is not None:
         substitute = functools.partial(parallel.shard, strategy, mesh=mesh)
     model = learning.make_model(learning.model_description(config, source), parallel=substitute)
@@ -97,7 +98,7 @@ def _step(config, source, example, mesh, strategy):
         name: jax.ShapeDtypeStruct(
             (config.batch_size, *x.shape[1:]),
             x.dtype,
-            sharding=NamedSharding(mesh, placement._batch_spec(name, x)),
+            sharding=NamedSharding(mesh, placement.batch_spec(name, x)),
         )
         for name, x in one.items()
     }

@@ -122,6 +122,8 @@ def test_a_program_that_the_compiler_refuses(here, monkeypatch, capsys):
         (dict(mesh=CONTEXT, task="mqar(length=66)"), "64 or 68"),
         (dict(context_strategies=("ring",)), "mesh.context > 1"),
         (dict(mesh=CONTEXT, context_strategies=("rang",)), "ring"),
+        (dict(mesh=CONTEXT, strategy="rang"), "must be one of the mixers'"),
+        (dict(mesh=CONTEXT, strategy="ring", context_strategies=("ring",)), "not both"),
         (dict(parallel="pmap"), "parallel=pmap"),
         (dict(dry_run=True), "dry_run"),
         (dict(task="digits", model="vit", longest=True), "length"),
