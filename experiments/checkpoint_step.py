@@ -26,6 +26,11 @@ def folder(directory: pathlib.Path, step: int) -> pathlib.Path:
     return directory / f"{step:0{DIGITS}d}"
 
 
+def newest(directory: pathlib.Path) -> int | None:
+    """The newest step whose folder has its final name, so that orbax finished it; None without."""
+    return max((int(path.name) for path in directory.glob("[0-9]" * DIGITS)), default=None)
+
+
 def items(
     step: int, state: PyTree, data_state: Any, fingerprint: Mapping[str, Any]
 ) -> ocp.args.Composite:

@@ -88,13 +88,14 @@ class Experiment:
     num_workers: int = 0
     """Processes that make batches."""
     cpu_devices: int = 0
-    """Emulate that many devices on a CPU."""
+    """Emulate that many devices on a CPU, in each process."""
     coordinator: str = ""
-    """host:port of process 0 in a run of several processes, with the next two."""
+    """host:port of process 0 in a run of several processes, with the next two; or auto, where
+    JAX finds all three: under Slurm, Open MPI, Kubernetes and on Cloud TPU."""
     num_processes: int = 1
     """Processes in the run."""
     process_id: int = 0
-    """Number of this process."""
+    """Number of this process, from 0."""
     allow_changes: tuple[str, ...] = ()
     """Fields that may differ from the run that is resumed, as in "config.steps" or "code"."""
     dry_run: bool = False

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
@@ -15,6 +16,8 @@ from attnjax.core import registry, sharding
 from experiments import config as configs
 from experiments import evaluation, learning
 
+_ROWS = P(("data", "fsdp"))
+
 
 class Placed(NamedTuple):
     """Functions of arrays that live where they belong."""
@@ -23,7 +26,8 @@ class Placed(NamedTuple):
     target: dict  # a state of shapes with shardings, to restore into
     update: Callable  # (state, batch) -> (state, metrics)
     sums: Callable  # (params, batch) -> sums of an evaluation
-    put: Callable  # host batch -> device batch
+    rows: Callable  # () -> the rows of a batch that this process holds
+    put: Callable  # host batch of those rows -> device batch
 
 
 def make_mesh(config):
@@ -42,7 +46,20 @@ def make_mesh(config):
         )
     if config.parallel == "pmap" and rest > 1:
         raise ValueError("parallel=pmap splits data alone: set mesh.fsdp, context and tensor to 1")
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ValueError("parallel=pmap is for one process: several need parallel=jit")
     return mesh
+
+
+@functools.cache
+def rows(mesh, batch_size: int) -> tuple[int, ...]:
+    """Which rows of a batch the devices of this process hold, ascending.
+
+    They needn't be neighbours, and where a sequence is spread over processes, several hold one.
+    """
+    places = NamedSharding(mesh, _ROWS).devices_indices_map((batch_size,))
+    here = [at for device, (at,) in places.items() if device.process_index == jax.process_index()]
+    return tuple(sorted({row for at in here for row in range(batch_size)[at]}))
 
 
 def context_parallel(mesh, config=None):
@@ -65,7 +82,10 @@ def context_parallel(mesh, config=None):
 def place(config, model, example, mesh) -> Placed:
     """A step for `config.parallel`, with the same results for either and for every mesh."""
     optimiser = learning.optimizer(config)
-    init = functools.partial(learning.init_state, model, optimiser, example, config.seed)
+    # the shapes of a whole batch and no numbers: every process compiles the same program
+    zeros = lambda x: jnp.zeros((config.batch_size, *x.shape[1:]), x.dtype)
+    blank = lambda: {name: zeros(x) for name, x in example.items()}
+    init = lambda: learning.init_state(model, optimiser, blank(), config.seed)
     step = functools.partial(
         learning.update,
         model,
@@ -76,7 +96,7 @@ def place(config, model, example, mesh) -> Placed:
     key = jax.random.key(config.seed)
     sums = lambda params, batch: learning.loss_sums(model, params, batch, key)[1]
     make = {"jit": _over_mesh, "pmap": _over_devices}[config.parallel]
-    return make(init, step, sums, optimiser, example, mesh)
+    return make(config, init, step, sums, optimiser, example, mesh)
 
 
 def prepare(config):
@@ -89,7 +109,7 @@ def prepare(config):
     return place(config, model, example, mesh), example
 
 
-def _over_mesh(init, step, sums, optimiser, example, mesh) -> Placed:
+def _over_mesh(config, init, step, sums, optimiser, example, mesh) -> Placed:
     shapes = jax.eval_shape(init)
     whole = NamedSharding(mesh, P())
     params = sharding.shardings(mesh, shapes["params"])
@@ -98,12 +118,12 @@ def _over_mesh(init, step, sums, optimiser, example, mesh) -> Placed:
     )
     places = dict(params=params, opt_state=opt_state, step=whole, key=whole)
     batch_places = {k: NamedSharding(mesh, batch_spec(k, x)) for k, x in example.items()}
+    held = functools.partial(rows, mesh, config.batch_size)
 
     def put(batch):
-        place = lambda name: batch_places.get(name, NamedSharding(mesh, P(("data", "fsdp"))))
+        place = lambda name: batch_places.get(name, NamedSharding(mesh, _ROWS))
         return {
-            name: jax.make_array_from_process_local_data(place(name), x)
-            for name, x in batch.items()
+            name: _global(x, place(name), held(), config.batch_size) for name, x in batch.items()
         }
 
     place = lambda shape, at: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=at)
@@ -112,17 +132,29 @@ def _over_mesh(init, step, sums, optimiser, example, mesh) -> Placed:
         target=jax.tree.map(place, shapes, places),
         update=jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
         sums=jax.jit(sums, out_shardings=whole),
+        rows=held,
         put=put,
     )
 
 
 def batch_spec(name, x):
-    return sharding.BATCH if name in ("inputs", "targets", "weights") and x.ndim > 1 else P(
-        ("data", "fsdp")
-    )  # fmt: skip
+    """Where a batch's array `name` lives: rows over data, positions of a sequence over context."""
+    sequence = name in ("inputs", "targets", "weights") and x.ndim > 1
+    return sharding.BATCH if sequence else _ROWS
 
 
-def _over_devices(init, step, sums, optimiser, example, mesh) -> Placed:
+def _global(x, place, rows, batch_size) -> jax.Array:
+    """The array of a whole batch, of which `x` holds `rows`."""
+
+    def part(index):
+        wanted = range(batch_size)[index[0]]
+        first = rows.index(wanted.start)
+        return x[(slice(first, first + len(wanted)), *index[1:])]
+
+    return jax.make_array_from_callback((batch_size, *x.shape[1:]), place, part)
+
+
+def _over_devices(config, init, step, sums, optimiser, example, mesh) -> Placed:
     count = jax.local_device_count()
 
     def put(batch):
@@ -135,5 +167,6 @@ def _over_devices(init, step, sums, optimiser, example, mesh) -> Placed:
         target=jax.eval_shape(init),
         update=jax.pmap(functools.partial(step, axis="data"), **mapped),
         sums=jax.pmap(add, **mapped),
+        rows=lambda: range(config.batch_size),
         put=put,
     )

@@ -2,6 +2,7 @@
 
 import time
 
+import jax
 import rich.console
 import rich.progress
 
@@ -10,7 +11,7 @@ class Progress:
     """Loss, accuracy, tokens or images a second and the time that is left.
 
     The first step is said to be compiling, for it takes long. Numbers are means since the last
-    `summary`.
+    `summary`. Of several processes only the first speaks.
     """
 
     def __init__(self, config, *, done: int, example):
@@ -19,14 +20,15 @@ class Progress:
         first = example["label"] if "label" in example else example["inputs"]
         self._units = config.batch_size * first[0].size
         self._metrics, self._counted, self._last = [], 0, {}
-        self._console = rich.console.Console(soft_wrap=True)
+        quiet = jax.process_index() > 0
+        self._console = rich.console.Console(soft_wrap=True, quiet=quiet)
         self._bar = rich.progress.Progress(
             "{task.description}",
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("compiling", total=config.steps, completed=done)
 

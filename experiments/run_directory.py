@@ -11,10 +11,14 @@ import sys
 import time
 
 import jax
+from jax.experimental import multihost_utils
 
 
 class RunDirectory:
-    """The folder of one run. Only process 0 writes; a resumed run appends."""
+    """The folder of one run. Only process 0 writes, all must see it; a resumed run appends.
+
+    Raises ValueError where this process doesn't see what process 0 wrote.
+    """
 
     def __init__(self, path: os.PathLike | str, config, *, model: dict):
         self.path = pathlib.Path(path)
@@ -24,19 +28,22 @@ class RunDirectory:
             content = {"config": dataclasses.asdict(config), "model": model}
             (self.path / "config.json").write_text(json.dumps(content, indent=2) + "\n")
             (self.path / "env.txt").write_text(environment())
+        multihost_utils.sync_global_devices("process 0 wrote the config")
+        if not (self.path / "config.json").exists():
+            raise ValueError(f"directory={str(path)!r} must be one that all processes share")
         self._events = None
         self._best = -math.inf
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps after `step`: a run that resumes there will write them again."""
         file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return
-        kept = [line for line in metrics(self.path) if line["step"] <= step]
+        written = metrics(self.path) if file.exists() else []
+        kept = [line for line in written if line["step"] <= step]
         tested = [line["test_accuracy"] for line in kept if "test_accuracy" in line]
         self._best = max(tested, default=-math.inf)
-        if self.writes:
-            # whole at any moment, as other processes read it too
+        multihost_utils.sync_global_devices("all processes read the metrics")
+        if self.writes and file.exists():
+            # whole at any moment, as someone may be looking on
             new = file.with_suffix(".new")
             new.write_text("".join(json.dumps(line) + "\n" for line in kept))
             new.replace(file)

@@ -4,12 +4,14 @@
     attnjax train source_text --mesh.context 4 --cpu-devices 4
 
 The same command again resumes the run: parameters and the next batch are those that an
-uninterrupted run would have, bit for bit. SIGTERM saves and exits with 0.
+uninterrupted run would have, bit for bit. SIGTERM saves and exits with 0. The same command on
+several hosts, with --coordinator, is one run: docs/several_hosts.md.
 """
 
 import contextlib
 import dataclasses
 import sys
+import traceback
 from collections.abc import Sequence
 
 from experiments import config as configs
@@ -32,20 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not config.directory:
             config = dataclasses.replace(config, directory=f"runs/{args[0]}")
         return train(config)
-    except ValueError as error:
-        return _refuse(str(error))
-    except NotFinite as error:
-        print(f"attnjax train: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, NotFinite) as error:
+        return _told(error)
 
 
 def train(config: configs.Experiment) -> int:
-    """Runs `config` to its last step, or to a signal; 0 where it ended in order."""
-    import jax
+    """Runs `config` to its last step, or to a signal; 0 where it ended in order.
+
+    In a run of several processes an exception ends the process instead of leaving this function.
+    """
+    from experiments import processes
 
     configs.emulate(config.cpu_devices)
-    if config.coordinator:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    with processes.joined(config, _told):
+        return _run(config)
+
+
+def _run(config: configs.Experiment) -> int:
+    import jax
 
     from attnjax.tasks import loading
     from experiments import (
@@ -59,28 +65,29 @@ def train(config: configs.Experiment) -> int:
     )
     from experiments import progress as progress_bars
 
-    # ---- data ----
+    first = jax.process_index() == 0  # the one that speaks
+
+    # ---- mesh and data ----
+    mesh = placement.make_mesh(config)
     _, source = configs.make_task(config.task, "train")
-    hosts = jax.process_count()
     loader = loading.loader(
         source,
-        batch_size=config.batch_size // hosts,
+        batch_size=config.batch_size,
         seed=config.seed,
-        shard_index=jax.process_index(),
-        shard_count=hosts,
+        rows=placement.rows(mesh, config.batch_size),
         num_workers=config.num_workers,
         transforms=configs.make_augmentations(config.augment),
     )
     batches = iter(loader)
     example = batches.peek()
 
-    # ---- model, step and mesh ----
-    mesh = placement.make_mesh(config)
+    # ---- model and step ----
     description = learning.model_description(config, source)
     model = learning.make_model(description, parallel=placement.context_parallel(mesh, config))
     placed = placement.place(config, model, example, mesh)
     if config.dry_run:
-        dry_run.show(config, placed, example, mesh)
+        if first:
+            dry_run.show(config, placed, example, mesh)
         return 0
 
     # ---- the run so far ----
@@ -108,9 +115,10 @@ def train(config: configs.Experiment) -> int:
         else:
             state, step = restored.state, restored.step
             batches.set_state(restored.data_state)
-            for bad, reason in restored.skipped:
+            for bad, reason in restored.skipped if first else ():
                 print(f"skipped the checkpoint of step {bad}: {reason}", file=sys.stderr)
-            print(f"resumed after step {step}")
+            if first:
+                print(f"resumed after step {step}")
         run.forget_after(step)
         progress = stack.enter_context(progress_bars.Progress(config, done=step, example=example))
 
@@ -143,13 +151,18 @@ def train(config: configs.Experiment) -> int:
                 checkpointer.wait()
                 progress.say(preempted.message(step))
                 return 0
-    print(f"run directory: {run.path}")
+    if first:
+        print(f"run directory: {run.path}")
     return 0
 
 
-def _refuse(message: str) -> int:
-    print(f"attnjax train: {message}", file=sys.stderr)
-    return 2
+def _told(error: BaseException, who: str = "") -> int:
+    """The exit status for `error`, which is said: in a line, or with its traceback."""
+    if not isinstance(error, ValueError | NotFinite):
+        traceback.print_exception(error)
+        return 1
+    print(f"attnjax train: {who}{error}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

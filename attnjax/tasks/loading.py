@@ -1,9 +1,10 @@
-"""Batches in a fixed order, dealt out to hosts, that can be stopped and resumed at any batch.
+"""Batches in a fixed order, each host reading its rows of them, that can be stopped and resumed.
 
-The order is a function of the source, the seed, the batch size and the number of hosts, and of
-nothing else: not of worker processes, threads or earlier interruptions. A position in it is the
-number of batches taken. It is kept together with everything that decides the order, so that going
-on with other data is an error and not a silent change of the experiment.
+The order is a function of the source, the seed and the batch size, and of nothing else: not of the
+number of hosts, worker processes, threads or earlier interruptions. A position in it is the number
+of batches taken. It is kept together with everything that decides the order, so that going on with
+other data is an error and not a silent change of the experiment, and going on with another number
+of hosts is no change at all.
 """
 
 import dataclasses
@@ -29,44 +30,42 @@ def loader(
     seed: int,
     shuffle: bool = True,
     num_epochs: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_workers: int = 0,
     drop_remainder: bool = True,
     transforms: Sequence[Transform] = (),
 ) -> "Loader":
-    """Batches of `batch_size` examples of `source` for host `shard_index` of `shard_count`.
+    """Batches of `batch_size` examples of `source`, of each of which this host reads its `rows`.
 
-    Each epoch is shuffled anew, changed by `transforms`, dealt out to the hosts in turn and
-    stacked. With `drop_remainder` every batch is full and every host gets as many; without it
-    every example comes once an epoch, and the last batch may be smaller. `num_epochs=None` never
-    ends. A transform's randomness comes from `seed` and the place of the example in the run, so
-    an image is changed otherwise in each epoch. Batches are made by `num_workers` processes
-    (started by spawn, so a script needs its main guard), or with 0 by a thread of this one.
+    `rows=None` is all of them. Each epoch is shuffled anew, changed by `transforms`, cut into
+    batches and stacked. With `drop_remainder` every batch is full; without it every example comes
+    once an epoch, and the last batch may be smaller. `num_epochs=None` never ends. A transform's
+    randomness comes from `seed` and the place of the example in the run, so an image is changed
+    otherwise in each epoch. Batches are made by `num_workers` processes (started by spawn, so a
+    script needs its main guard), or with 0 by a thread of this one.
 
-    Raises ValueError where a number is out of range, a host would get no full batch, or the
-    `repr` of a transform does not tell its options.
+    Raises ValueError where a number is out of range, `rows` are no ascending rows of a full batch,
+    or the `repr` of a transform does not tell its options.
     """
     n = len(source)
-    whole = n - n % max(shard_count, 1) if drop_remainder else n
-    _check_range("shard_count", shard_count, 1, n)
-    _check_range("shard_index", shard_index, 0, shard_count - 1)
-    _check_range("batch_size", batch_size, 1, whole // shard_count if drop_remainder else None)
+    _check_range("batch_size", batch_size, 1, n if drop_remainder else None)
     _check_range("seed", seed, 0, 2**32 - 1)
     _check_range("num_workers", num_workers, 0, None)
     dataset = grain.MapDataset.source(source).seed(seed)
     dataset = dataset.shuffle() if shuffle else dataset
     for transform in transforms:
         dataset = _transformed(dataset, transform)
-    dataset = dataset[shard_index:whole:shard_count]
-    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
+    if rows is not None:
+        _check_rows(rows, batch_size, drop_remainder)
+        dataset = _Rows(dataset, batch_size, tuple(rows))
+    held = batch_size if rows is None else len(rows)
+    dataset = dataset.batch(held, drop_remainder=drop_remainder)
     fingerprint = {
         "source": repr(source),
         "source_fingerprint": source.fingerprint(),
         "seed": seed,
         "batch_size": batch_size,
         "shuffle": shuffle,
-        "shard_count": shard_count,
         "drop_remainder": drop_remainder,
         "transforms": [repr(transform) for transform in transforms],
     }
@@ -120,7 +119,7 @@ class Batches(Iterator[Batch]):
         return self._loader.dataset[self._next]
 
     def get_state(self) -> dict[str, Any]:
-        """The position as JSON. It may be set on any host and with any number of workers."""
+        """The position as JSON, for any host, any number of hosts and any number of workers."""
         return {"next_batch": self._next, "fingerprint": self._loader.fingerprint()}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -140,6 +139,23 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends threads and processes; they start again with the next batch."""
         _close_all(self._streams)
+
+
+class _Rows(grain.MapDataset):
+    """Of every `size` examples those at `rows`; examples that fill no batch are left out."""
+
+    def __init__(self, examples: grain.MapDataset, size: int, rows: tuple[int, ...]):
+        super().__init__(examples)
+        self._examples, self._size, self._rows = examples, size, rows
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._size * len(self._rows)
+
+    def __getitem__(self, index: int):
+        epoch, place = divmod(index, len(self))
+        batch, row = divmod(place, len(self._rows))
+        first = epoch * len(self._examples) + batch * self._size
+        return self._examples[first + self._rows[row]]
 
 
 def batch_hash(batch: Batch) -> str:
@@ -168,6 +184,13 @@ def _transformed(dataset: grain.MapDataset, transform: Transform) -> grain.MapDa
     if isinstance(transform, grain.transforms.RandomMap):
         return dataset.random_map(transform)
     return dataset.map(transform)
+
+
+def _check_rows(rows: Sequence[int], batch_size: int, drop_remainder: bool) -> None:
+    if not drop_remainder:
+        raise ValueError("rows of a batch need drop_remainder=True: the last may have fewer")
+    if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(f"{rows=} must ascend in [0, {batch_size - 1}]")
 
 
 def _check_range(name: str, value: int, least: int, most: int | None) -> None:

@@ -77,31 +77,40 @@ class TestOrder:
         assert batch["index"].tolist() == [0, -1, -2] and batch["noise"].max() > 1
 
 
-class TestShards:
-    @pytest.mark.parametrize("count", [2, 3, 7])
-    def test_disjoint_and_together_whole(self, count):
-        shards = [
-            make(shard_index=i, shard_count=count, drop_remainder=False, num_epochs=1)
-            for i in range(count)
+class TestRows:
+    @pytest.mark.parametrize("hosts", [2, 3, 6])
+    def test_hosts_read_together_what_one_host_reads(self, hosts):
+        """In its order and over the ends of epochs, and changed by transforms in the same way."""
+        options = {"n": 20, "batch_size": 6}
+        whole = list(itertools.islice(make(**options), 8))
+        size = 6 // hosts
+        parts = [
+            list(itertools.islice(make(rows=range(i * size, (i + 1) * size), **options), 8))
+            for i in range(hosts)
         ]
-        seen = flat(flat(indices(shard, None)) for shard in shards)
-        assert sorted(seen) == list(range(20))
-
-    def test_full_batches_are_as_many_on_every_host_and_disjoint(self):
-        options = {"n": 22, "shard_count": 3, "num_epochs": 1, "batch_size": 2}
-        batches = [indices(make(shard_index=i, **options), None) for i in range(3)]
-        assert [len(b) for b in batches] == [3, 3, 3]  # and not 4, 3, 3
-        assert all(len(batch) == 2 for batch in flat(batches))
-        seen = flat(flat(batches))
-        assert len(set(seen)) == len(seen) == 18
-
-    def test_hosts_see_together_what_one_host_sees(self):
-        """Transforms too: their randomness is of the place in the run and not of the host."""
-        one = next(iter(make(batch_size=6)))
-        two = [next(iter(make(shard_index=i, shard_count=2))) for i in range(2)]
         for name in ("index", "noise"):
-            together = np.stack([batch[name] for batch in two], axis=1).ravel()
-            np.testing.assert_array_equal(together, one[name])
+            for step in range(8):
+                together = np.concatenate([part[step][name] for part in parts])
+                np.testing.assert_array_equal(together, whole[step][name])
+
+    def test_rows_need_not_be_neighbours(self):
+        whole, part = (list(itertools.islice(make(rows=rows), 13)) for rows in (None, (0, 2)))
+        for all_rows, some in zip(whole, part, strict=True):
+            np.testing.assert_array_equal(some["noise"], all_rows["noise"][[0, 2]])
+
+    def test_as_many_batches_as_one_host_has(self):
+        assert make(22, batch_size=6, rows=[5]).batches_per_epoch == 3
+        assert len(indices(make(22, batch_size=6, rows=[5], num_epochs=2), None)) == 6
+
+    def test_one_hosts_position_serves_any_number_of_hosts(self):
+        first = iter(make(batch_size=6))
+        kept = [next(first) for _ in range(5)] and first.get_state()
+        expected = next(first)["index"]
+        for rows in (range(3), range(3, 6), [1], None):
+            batches = iter(make(batch_size=6, rows=rows))
+            batches.set_state(json.loads(json.dumps(kept)))
+            wanted = expected if rows is None else expected[list(rows)]
+            assert next(batches)["index"].tolist() == wanted.tolist()
 
 
 class TestResume:
@@ -143,14 +152,6 @@ class TestResume:
         longer.set_state(batches.get_state())
         assert len(list(longer)) == 6
 
-    def test_one_hosts_state_serves_another(self):
-        first, second = (iter(make(shard_index=i, shard_count=2)) for i in range(2))
-        expected = [loading.batch_hash(batch) for batch in itertools.islice(second, 4)][2:]
-        next(first), next(first)
-        fresh = iter(make(shard_index=1, shard_count=2))
-        fresh.set_state(first.get_state())
-        assert [loading.batch_hash(next(fresh)) for _ in range(2)] == expected
-
     @pytest.mark.parametrize(
         ("name", "options", "was", "now"),
         [
@@ -158,7 +159,6 @@ class TestResume:
             ("batch_size", {"batch_size": 4}, "3", "4"),
             ("source", {"n": 21}, "n=20", "n=21"),
             ("shuffle", {"shuffle": False}, "True", "False"),
-            ("shard_count", {"shard_count": 2}, "1", "2"),
             ("drop_remainder", {"drop_remainder": False}, "True", "False"),
             ("transforms", {"transforms": (Noise(2.0),)}, "strength=1.0", "strength=2.0"),
         ],
@@ -196,10 +196,12 @@ def test_processes_give_the_same_batches_and_share_states():
     ("options", "message"),
     [
         ({"batch_size": 0}, r"batch_size=0 must be in \[1, 20\]"),
-        ({"batch_size": 7, "shard_count": 3}, r"batch_size=7 must be in \[1, 6\]"),
+        ({"batch_size": 21}, r"batch_size=21 must be in \[1, 20\]"),
         ({"batch_size": 0, "drop_remainder": False}, "batch_size=0 must be at least 1"),
-        ({"shard_count": 0}, r"shard_count=0 must be in \[1, 20\]"),
-        ({"shard_index": 2, "shard_count": 2}, r"shard_index=2 must be in \[0, 1\]"),
+        ({"rows": []}, r"rows=\[\] must ascend in \[0, 2\]"),
+        ({"rows": [0, 3]}, r"rows=\[0, 3\] must ascend in \[0, 2\]"),
+        ({"rows": [1, 1]}, r"rows=\[1, 1\] must ascend"),
+        ({"rows": [0], "drop_remainder": False}, "rows of a batch need drop_remainder=True"),
         ({"seed": -1}, "seed=-1 must be in"),
         ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
         ({"num_epochs": 0}, "num_epochs"),
