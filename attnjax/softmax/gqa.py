@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from attnjax.core import attention, masks, registry
+from attnjax.core import masks, paged_attention, registry
 from attnjax.core.registry import Claim
+from attnjax.ops import decode_attention
 from attnjax.ops import dot_product_attention as ops
 from attnjax.ops import dropout as dropouts
 
@@ -46,10 +47,11 @@ def gqa(
     return attend(q, k, v, mask=mask, score_mod=score_mod, dropout=dropout, q_offset=q_offset)
 
 
-class GQA(attention.KeyValueAttention):
+class GQA(paged_attention.PagedKeyValueAttention):
     """Attention over (B T D) with `num_kv_heads` heads of keys and values."""
 
     fn: Callable[..., jax.Array] = gqa
+    paged_fn: Callable[..., jax.Array] = decode_attention.decode_attention
 
 
 def mean_pool_heads(params: PyTree, *, num_kv_heads: int) -> PyTree:

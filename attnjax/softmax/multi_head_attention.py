@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnjax.core import attention, masks, registry
+from attnjax.core import masks, paged_attention, registry
 from attnjax.core.registry import Claim
+from attnjax.ops import decode_attention
 from attnjax.ops import dot_product_attention as ops
 from attnjax.ops import dropout as dropouts
 
@@ -39,10 +40,11 @@ def multi_head_attention(
     return attend(q, k, v, mask=mask, score_mod=score_mod, dropout=dropout, q_offset=q_offset)
 
 
-class MultiHeadAttention(attention.KeyValueAttention):
+class MultiHeadAttention(paged_attention.PagedKeyValueAttention):
     """Section 3.2.2 over (B T D)."""
 
     fn: Callable[..., jax.Array] = multi_head_attention
+    paged_fn: Callable[..., jax.Array] = decode_attention.decode_attention
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:

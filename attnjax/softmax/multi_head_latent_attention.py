@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from attnjax.core import decode, layers, masks, positions, registry
+from attnjax.core import decode, layers, masks, paging, positions, registry
 from attnjax.core.registry import Claim
+from attnjax.ops import decode_attention
 from attnjax.ops import dot_product_attention as ops
 
 Form = Literal["expanded", "absorbed"]
@@ -57,19 +58,43 @@ def multi_head_latent_attention(
     """
     if form not in get_args(Form):
         raise ValueError(f"{form=} must be one of {get_args(Form)}")
-    (R, *_), H = up.shape, q.shape[-1]
-    up_key, up_value = jnp.split(up.astype(latent.dtype), [H], -1)
-    if form == "absorbed":
-        q = jnp.einsum("BTNH,RNH->BTNR", q, up_key)
-        k, v = latent[:, :, None], latent[:, :, None, :R]
-    else:
-        k, v = (jnp.einsum("BSR,RNF->BSNF", latent[..., :R], w) for w in (up_key, up_value))
-        shared = jnp.broadcast_to(latent[:, :, None, R:], (*k.shape[:3], latent.shape[-1] - R))
-        k = jnp.concatenate([k, shared], -1)
-    q = jnp.concatenate([q, q_rope], -1)
     options = dict(mask=mask, q_offset=q_offset, implementation=implementation)
-    o = ops.dot_product_attention(q, k, v, scale=(H + q_rope.shape[-1]) ** -0.5, **options)
-    return jnp.einsum("BTNR,RNV->BTNV", o, up_value) if form == "absorbed" else o
+    R = len(up)
+    if form == "absorbed":
+        k, v = latent[:, :, None], latent[:, :, None, :R]
+        attend = lambda p, scale: ops.dot_product_attention(p, k, v, scale=scale, **options)
+        return _absorbed(attend, q, q_rope, up.astype(latent.dtype))
+    split = jnp.split(up.astype(latent.dtype), [q.shape[-1]], -1)
+    k, v = (jnp.einsum("BSR,RNF->BSNF", latent[..., :R], w) for w in split)
+    shared = jnp.broadcast_to(latent[:, :, None, R:], (*k.shape[:3], latent.shape[-1] - R))
+    q, k = jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, shared], -1)
+    return ops.dot_product_attention(q, k, v, **options)
+
+
+def paged_latent_attention(
+    q: Float[Array, "B T N H"],
+    q_rope: Float[Array, "B T N P"],
+    cache: paging.PagedCache,
+    up: Float[Array, "R N F"],
+    *,
+    q_offset: Int[Array, "B"] | None = None,
+    implementation: decode_attention.Implementation | None = None,
+) -> Float[Array, "B T N V"]:
+    """The absorbed form over latents that lie in pages: the keys of a cache without values.
+
+    Options: `ops.decode_attention`, as also for what it raises.
+    """
+    options = dict(value_dim=len(up), q_offset=q_offset, implementation=implementation)
+    attend = lambda p, scale: decode_attention.decode_attention(p, cache, scale=scale, **options)
+    return _absorbed(attend, q, q_rope, up.astype(cache.k.dtype))
+
+
+def _absorbed(attend, q, q_rope, up):
+    """The heads that attend(p: B T N R+P, scale), to latents, gives."""
+    H, P = q.shape[-1], q_rope.shape[-1]
+    up_key, up_value = jnp.split(up, [H], -1)
+    p = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q, up_key), q_rope], -1)
+    return jnp.einsum("BTNR,RNV->BTNV", attend(p, (H + P) ** -0.5), up_value)
 
 
 def decode_intensity(
@@ -104,7 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
     """Eqs. 9 to 19 over (B T D), values as wide as H.
 
     rank None is 4 H and rope_dim None is H / 2, as in the paper. query_rank None projects queries
-    straight from x. Streaming is causal.
+    straight from x. Streaming is causal, with page_size through pages of so many tokens.
     """
 
     num_heads: int
@@ -113,8 +138,10 @@ class MultiHeadLatentAttention(nn.Module):
     rope_dim: int | None = None
     query_rank: int | None = None
     rotary_base: float = 10_000.0
+    page_size: int | None = None
     dtype: DTypeLike | None = None
     fn: Callable[..., jax.Array] = multi_head_latent_attention
+    paged_fn: Callable[..., jax.Array] = paged_latent_attention
 
     def setup(self):
         N, H = self.num_heads, self.head_dim
@@ -129,6 +156,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.key_rope = layers.HeadProjection(1, P, self.dtype)
         self.heads = _Kernel((R, N, 2 * H))
         self.attend = layers.Attend(self.fn)
+        self.attend_pages = layers.Attend(self.paged_fn)
         self.out = layers.OutputProjection(self.dtype)
 
     def __call__(
@@ -138,19 +166,27 @@ class MultiHeadLatentAttention(nn.Module):
         q, q_rope, latent = self._project(x, jnp.arange(x.shape[1]))
         return self.out(self.attend(q, q_rope, latent, self.heads(), mask=mask), x.shape[-1])
 
-    def init_state(self, batch: int, length: int) -> decode.KVCache:
+    def init_state(self, batch: int, length: int) -> decode.KVCache | paging.PagedCache:
         """An empty cache of `length` tokens: latents as keys, whose front is the values."""
-        sizes = sum(self._sizes()), 0
-        return decode.KVCache.empty(batch, length, 1, *sizes, self.dtype or jnp.float32)
+        size, dtype = sum(self._sizes()), self.dtype or jnp.float32
+        if self.page_size is None:
+            return decode.KVCache.empty(batch, length, 1, size, 0, dtype)
+        options = dict(page_size=self.page_size)
+        return paging.PagedCache.empty(batch, length, 1, size, None, dtype, **options)
 
     def extend(
-        self, state: decode.KVCache, x: Float[Array, "B T D"]
-    ) -> tuple[decode.KVCache, Float[Array, "B T D"]]:
+        self, state: decode.KVCache | paging.PagedCache, x: Float[Array, "B T D"]
+    ) -> tuple[decode.KVCache | paging.PagedCache, Float[Array, "B T D"]]:
         """The next T tokens, in the absorbed form; each sees those before it and itself."""
-        q, q_rope, latent = self._project(x, state.length + jnp.arange(x.shape[1]))
-        cache = state.append(latent[:, :, None], latent[:, :, None, :0])
-        causal = dict(mask=masks.Causal(), q_offset=state.length)
-        o = self.attend(q, q_rope, cache.k[:, :, 0], self.heads(), form="absorbed", **causal)
+        if isinstance(state, paging.PagedCache):
+            q, q_rope, latent = paging.projected(self._project, x, state.lengths)
+            cache = state.append(latent[:, :, None], None)
+            o = self.attend_pages(q, q_rope, cache, self.heads(), q_offset=state.lengths)
+        else:
+            q, q_rope, latent = self._project(x, state.length + jnp.arange(x.shape[1]))
+            cache = state.append(latent[:, :, None], latent[:, :, None, :0])
+            options = dict(form="absorbed", mask=masks.Causal(), q_offset=state.length)
+            o = self.attend(q, q_rope, cache.k[:, :, 0], self.heads(), **options)
         return cache, self.out(o, x.shape[-1])
 
     def _sizes(self):

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnjax.core import attention, masks, registry
+from attnjax.core import masks, paged_attention, registry
 from attnjax.core.registry import Claim
+from attnjax.ops import decode_attention
 from attnjax.ops import dot_product_attention as ops
 from attnjax.ops import dropout as dropouts
 
@@ -43,11 +44,12 @@ def multi_query_attention(
     return attend(q, k, v, mask=mask, score_mod=score_mod, dropout=dropout, q_offset=q_offset)
 
 
-class MultiQueryAttention(attention.KeyValueAttention):
+class MultiQueryAttention(paged_attention.PagedKeyValueAttention):
     """Attention over (B T D) with one head of keys and values; other `num_kv_heads` raise."""
 
     num_kv_heads: int | None = 1
     fn: Callable[..., jax.Array] = multi_query_attention
+    paged_fn: Callable[..., jax.Array] = decode_attention.decode_attention
 
     def setup(self):
         if self.num_kv_heads != 1:

@@ -1,0 +1,154 @@
+r"""Softmax attention of a few new queries to the keys of each sequence, which lie in pages.
+
+    y_ts  = softcap * tanh(scale * (q_t . k_s) / softcap)       (without softcap: no tanh)
+    lse_t = log(sum_s exp(y_ts) + exp(sink))       over s <= t, s < length, s >= t - window
+    o_t   = sum_s exp(y_ts - lse_t) v_s
+
+A table names the pages of each sequence, so that sequences of any lengths share one pool. Keys are
+taken in parts, each of which gives (o, lse) of its own, and parts are merged exactly: over `splits`
+at once and within each one after the other. Source: Kwon et al., "Efficient Memory Management for
+Large Language Model Serving with PagedAttention", arXiv:2309.06180; Dao et al., "Flash-Decoding for
+long-context inference", for the splits.
+
+`part` is the maths of one part, `xla` and `mosaic_tpu` drive it.
+
+Letters: B sequences, T queries, N query heads, K key heads, H key dim, V value dim, P pages of C
+tokens, L pages of a sequence.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import placing
+from pallas_kernels.decode_attention import mosaic_tpu, part, xla
+
+Implementation = Literal["xla", "pallas", "interpret"]
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "P K C H"],
+    v: Float[Array, "P K C V"] | None,
+    table: Int[Array | np.ndarray, "B L"],
+    lengths: Int[Array | np.ndarray, "B"],
+    *,
+    scale: float,
+    value_dim: int | None = None,
+    q_offset: Int[Array | np.ndarray, "B"] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    window: int | None = None,
+    splits: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """(o in the dtype of values, lse in float32); query head n uses key head n // (N / K).
+
+    Args:
+      k, v: the pool; page p has C tokens, those of a head one after the other. Without v the first
+        `value_dim` features of a key are its value, as in latent attention.
+      table: page numbers; token s of sequence b lies in page table[b, s // C]. What stands after
+        the last token's page is of no matter.
+      lengths: tokens of each sequence, at most L C.
+      q_offset: position of each sequence's first query; lengths - T, the last tokens, where None.
+      sinks: one more logit per head in the denominator.
+      window: how many keys before its own position a query sees; pages before it cost nothing.
+      splits: parts of each sequence that are computed at the same time; None chooses by sizes.
+      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
+        slowly. None is the kernel where the call is lowered for TPU and runs whole on each device
+        (`placing`), if its memory suffices, and XLA elsewhere.
+
+    A query that sees no key gives zeros, with lse -inf unless there is a sink. No gradient.
+    Raises ValueError for arguments that don't fit, NotImplementedError where the kernel is asked
+    for and its memory doesn't suffice.
+    """
+    _check(q, k, v, table, lengths, q_offset, sinks)
+    _check_options(k, v, value_dim, window, splits, implementation)
+    (B, T, N, H), K = q.shape, k.shape[1]
+    options = part.Options(scale, softcap, window, T, N // K)
+    lengths = jnp.clip(lengths, 0, table.shape[1] * k.shape[2])
+    starts = lengths - T if q_offset is None else jnp.asarray(q_offset)
+    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
+    arrays = rows, k, v, jnp.asarray(table), lengths, starts
+    V = v.shape[-1] if value_dim is None else value_dim
+    o, lse = _run(_choose(implementation, arrays, options, V=V, splits=splits), *arrays)
+    if sinks is not None:  # a part with a logit and no value
+        sinks = jnp.broadcast_to(sinks.reshape(K, 1, -1), (K, T, N // K)).reshape(1, K, -1, 1)
+        sinks = jnp.broadcast_to(sinks.astype(jnp.float32), lse.shape)
+        o, lse = part.merge(jnp.stack([o, jnp.zeros_like(o)]), jnp.stack([lse, sinks]))
+    of_heads = lambda x: x.reshape(B, K, T, N // K, -1).swapaxes(1, 2).reshape(B, T, N, -1)
+    o, lse = of_heads(o), of_heads(lse)[..., 0]
+    return o.astype((k if v is None else v).dtype), lse
+
+
+def _choose(implementation, arrays, options, **sizes):
+    """What attends, called with arrays alone."""
+    by_xla = functools.partial(xla.attend, options, **sizes)
+    if implementation == "xla" or (implementation is None and not placing.whole()):
+        return by_xla
+    by_kernel = functools.partial(mosaic_tpu.attend, options, **sizes)
+    q, k, _, table, *_ = arrays
+    fits = mosaic_tpu.pages_of(*arrays[:4], V=sizes["V"]) > 0
+    if implementation is None:
+        both = functools.partial(jax.lax.platform_dependent, tpu=by_kernel, default=by_xla)
+        return both if fits else by_xla
+    if not fits:
+        raise NotImplementedError(
+            f"pages {k.shape}, {q.shape[2]} queries of a key head or a table {table.shape} don't "
+            "fit the kernel's memory; implementation='xla' needs none"
+        )
+    return functools.partial(by_kernel, interpret=implementation == "interpret")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(attend, *arrays):
+    return attend(*arrays)
+
+
+@_run.defjvp
+def _no_derivative(*_):
+    raise NotImplementedError("decode_attention has no derivative; dot_product_attention has")
+
+
+def _check(q, k, v, table, lengths, q_offset, sinks):
+    (B, T, N, H), (P, K, C, _) = q.shape, k.shape
+    if k.shape[3] != H or (v is not None and v.shape[:3] != k.shape[:3]):
+        of_v = "none" if v is None else v.shape
+        raise ValueError(f"shapes don't fit: q {q.shape}, pages of k {k.shape}, of v {of_v}")
+    if N % K:
+        raise ValueError(f"{N} query heads must be a multiple of {K} key heads")
+    if q.dtype != k.dtype:
+        raise ValueError(f"queries of {q.dtype} must have the dtype of the keys, {k.dtype}")
+    if T == 0 or P == 0 or C == 0 or table.ndim != 2 or table.size == 0:
+        raise ValueError(f"nothing may be empty: q {q.shape}, k {k.shape}, table {table.shape}")
+    for name, x, shape in (
+        ("table", table, (B, table.shape[1])),
+        ("lengths", lengths, (B,)),
+        ("q_offset", q_offset, (B,)),
+        ("sinks", sinks, (N,)),
+    ):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} of shape {x.shape} must have shape {shape}")
+    for name, x in (("table", table), ("lengths", lengths), ("q_offset", q_offset)):
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} of {x.dtype} must be integers")
+    room = table.shape[1] * C
+    if isinstance(lengths, np.ndarray) and not (0 <= lengths.min() <= lengths.max() <= room):
+        raise ValueError(f"{lengths=} must be from 0 to {room}, which the table has room for")
+
+
+def _check_options(k, v, value_dim, window, splits, implementation):
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    if (v is None) != (value_dim is not None):
+        raise ValueError(f"{value_dim=} must be given without v, and only then")
+    if value_dim is not None and not 0 < value_dim <= k.shape[3]:
+        raise ValueError(f"{value_dim=} must be from 1 to the {k.shape[3]} features of a key")
+    if window is not None and window < 0:
+        raise ValueError(f"{window=} must not be negative")
+    if splits is not None and splits < 1:
+        raise ValueError(f"{splits=} must be at least 1")
