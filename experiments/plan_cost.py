@@ -47,6 +47,18 @@ def kernel_cost(i: hlo.Instruction) -> dict[str, int]:
     return {k: int(n) for k, n in re.findall(r'(\w+)\\?":\s*\\?"?(\d+)', found[1])} if found else {}
 
 
+def states_of_tiles(i: hlo.Instruction, where: hlo.Computation) -> str:
+    """The operand that says which tiles a kernel skips, those with state 0; "" for none.
+
+    Of our `flash_attention`, where that is known only as it runs: it is called with the length of
+    its grid, a table of steps and the states. Its cost is then that of all tiles.
+    """
+    if not (is_kernel(i) and i.name.startswith("flash_attention")):
+        return ""
+    grid = where.by_name[i.operands[0]].shapes[0]
+    return "" if grid.dims else i.operands[2]
+
+
 def moved(
     i: hlo.Instruction, where: hlo.Computation, module: hlo.Module, *, larger_than: int = 0
 ) -> int:

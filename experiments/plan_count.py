@@ -37,6 +37,7 @@ class Count:
     bytes: float
     kernel_flops: float  # of flops, what Pallas kernels say about themselves
     kernels_without_cost: tuple[str, ...]
+    kernels_in_full: tuple[str, ...]  # that may skip tiles: counted as if they skipped none
     collectives: dict[str, Traffic]
     exposed: tuple[tuple[str, str, float], ...]  # (kind, source, bytes), the largest
     buffers: tuple[tuple[str, str, int], ...]  # (source, shape, bytes), the largest
@@ -55,20 +56,22 @@ def count(
     runs = plan_runs.runs(module, devices)
     each = [(module.computations[name], times) for name, times in runs.times.items()]
     work = np.zeros((4, len(devices)))
-    for where, times in each:
+    for where, _ in each:
         for i in where.instructions:
-            work += np.outer(_work(i, where, module, accelerator), times)
-    kernels = [(i, times.max()) for where, times in each for i in where.instructions
+            work += np.outer(_work(i, where, module, accelerator), runs.of(where, i))
+    kernels = [(i, runs.of(where, i)) for where, _ in each for i in where.instructions
                if cost.is_kernel(i)]  # fmt: skip
+    by_kernels = sum(cost.kernel_cost(i).get("flops", 0) * n for i, n in kernels)
     traffic, exposed = _traffic(each, module, islands)
     return Count(
         flops=float(work[0].max()),
         mean_flops=float(work[0].mean()),
         bytes=float(work[1].max()),
-        kernel_flops=float(sum(cost.kernel_cost(i).get("flops", 0) * n for i, n in kernels)),
+        kernel_flops=float(np.max(by_kernels)),
         kernels_without_cost=tuple(
             sorted({short(i.source) for i, _ in kernels if not cost.kernel_cost(i)})
         ),
+        kernels_in_full=tuple(map(short, runs.full)),
         collectives=traffic,
         exposed=exposed,
         buffers=_buffers(each, module),

@@ -9,6 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 _BITS = dict(pred=8, bf16=16, token=0, u4=4, s4=4, u2=2, s2=2, c64=64, c128=128)
 _BITS |= {f"{kind}{n}": n for kind in "suf" for n in (8, 16, 32, 64)}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -45,8 +47,35 @@ class Shape(NamedTuple):
 
     @property
     def _tile(self):
-        found = re.search(r"T\(([\d,]+)\)", self.layout)
-        return _ints(found[1]) if found else ()
+        return self._tiles[0] if self._tiles else ()
+
+    @property
+    def _tiles(self):
+        """Tiles, and tiles within them."""
+        found = re.search(r"T((?:\([\d,]+\))+)", self.layout)
+        return [_ints(tile) for tile in found[1][1:-1].split(")(")] if found else []
+
+    def places(self) -> np.ndarray:
+        """What lies side by side in memory: numbers of entries in row order, -1 for what fills up.
+
+        It takes as much memory as the array, eight bytes an entry.
+        """
+        x = np.arange(math.prod(self.dims)).reshape(self.dims)
+        x = x.transpose(self.minor_to_major[::-1])
+        for tile in self._tiles:
+            x = _tiled(x, tile)
+        return x.ravel()
+
+
+def _tiled(x, tile):
+    """Cut along its last axes, the tiles before what is in them."""
+    x = x.reshape((1,) * (len(tile) - x.ndim) + x.shape)
+    lead = x.ndim - len(tile)
+    widths = [(0, 0)] * lead + [(0, -n % t) for n, t in zip(x.shape[lead:], tile, strict=True)]
+    x = np.pad(x, widths, constant_values=-1)
+    cut = [part for n, t in zip(x.shape[lead:], tile, strict=True) for part in (n // t, t)]
+    axes = [*range(lead), *range(lead, lead + len(cut), 2), *range(lead + 1, lead + len(cut), 2)]
+    return x.reshape(*x.shape[:lead], *cut).transpose(axes)
 
 
 class Instruction(NamedTuple):

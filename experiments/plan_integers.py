@@ -27,8 +27,15 @@ class Unknown(Exception):
     """It depends on data, or is no integer."""
 
 
-def apply(i: hlo.Instruction, get: Callable[[int], np.ndarray], module: hlo.Module) -> np.ndarray:
+def apply(
+    i: hlo.Instruction,
+    where: hlo.Computation,
+    module: hlo.Module,
+    get: Callable[[int], np.ndarray],
+) -> np.ndarray:
     """The output of an instruction from `get(n)`, operand n; Unknown for other operations."""
+    if i.op == "bitcast":
+        return _bitcast(get(0), where.by_name[i.operands[0]].shapes[0], i.shapes[0])
     if i.op in _PLAIN:
         return np.asarray(_PLAIN[i.op](*map(get, range(len(i.operands)))))
     if i.op in _SAME or 'target="AssumeGatherIndicesInBound"' in i.attributes:
@@ -71,14 +78,20 @@ def _broadcast(i, get):
     return np.broadcast_to(x.reshape(shape), dims)
 
 
-def _bitcast(i, get):
-    """The same memory in another shape: not a reshape where axes lie in another order."""
-    x, shape = get(0), i.shapes[0]
-    if np.prod(x.shape, dtype=int) != np.prod(shape.dims, dtype=int):
-        raise Unknown(i.name)
-    if sum(size > 1 for size in x.shape) > 1:
-        raise Unknown(i.name)  # the order of its axes stands with its operand alone
-    return x.reshape(shape.dims)
+def _bitcast(x, given, wanted):
+    """What lies at the same places in memory, of an array in another layout."""
+    if hlo.bits(given.dtype) != hlo.bits(wanted.dtype) or x.size != np.prod(wanted.dims, dtype=int):
+        raise Unknown(str(wanted))
+    if sum(size > 1 for size in x.shape) <= 1:
+        return x.reshape(wanted.dims)
+    old, new = given.places(), wanted.places()
+    real = new[: len(old)] >= 0
+    old, new = old[: len(new)][real], new[: len(old)][real]
+    if len(new) < x.size or old.min() < 0:  # what filled up would become an entry
+        raise Unknown(str(wanted))
+    out = np.empty(x.size, x.dtype)
+    out[new] = x.ravel()[old]
+    return out.reshape(wanted.dims)
 
 
 def _slice(i, get):
@@ -123,7 +136,7 @@ def _reduce(i, get, module):
 
 _SHAPING: Mapping[str, Callable] = {
     "constant": _constant, "convert": _convert, "compare": _compare, "iota": _iota,
-    "broadcast": _broadcast, "bitcast": _bitcast, "slice": _slice, "slice-start": _slice,
+    "broadcast": _broadcast, "slice": _slice, "slice-start": _slice,
     "dynamic-slice": _dynamic_slice, "pad": _pad, "gather": _gather, "concatenate": _concatenate,
     "reshape": lambda i, get: get(0).reshape(i.shapes[0].dims),
     "transpose": lambda i, get: get(0).transpose(i.ints("dimensions")),

@@ -90,6 +90,8 @@ class Report:
             self._out.print(f"{count.kernel_flops:.4g} of the operations as Pallas kernels say")
         for source in count.kernels_without_cost:
             self._out.print(f"not counted, for it doesn't say its cost: kernel {source}")
+        for source in count.kernels_in_full:
+            self._out.print(f"counted whole, for what it skips depends on data: kernel {source}")
         for source in count.unknown:
             self._out.print(f"counted once, for its runs depend on data: loop {source}")
         self._table(

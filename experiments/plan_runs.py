@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import plan_cost as cost
 from experiments import plan_hlo as hlo
 from experiments import plan_values
 from experiments.plan_integers import Unknown
@@ -18,7 +19,13 @@ class Runs(NamedTuple):
     """Numbers of runs by computation, for each device; and where they aren't known."""
 
     times: dict[str, np.ndarray]
+    partly: dict[tuple[str, str], np.ndarray]  # of kernels that skip tiles: in units of all tiles
     unknown: tuple[str, ...]  # loops counted once, conditionals counted by their first branch
+    full: tuple[str, ...]  # kernels counted as if they skipped no tile
+
+    def of(self, where: hlo.Computation, i: hlo.Instruction) -> np.ndarray:
+        """Of an instruction, which costs that often what it costs at most."""
+        return self.partly.get((where.name, i.name), self.times[where.name])
 
 
 def runs(module: hlo.Module, devices: Iterable[int]) -> Runs:
@@ -29,15 +36,16 @@ def runs(module: hlo.Module, devices: Iterable[int]) -> Runs:
         each = [entry()] * len(list(devices))
     except plan_values.NeedsIndex:
         each = [entry(**{plan_values.DEVICE: number}) for number in devices]
-    names = {name for counter in each for name in counter}
-    times = {name: np.array([float(counter[name]) for counter in each]) for name in names}
-    return Runs(times, tuple(sorted(walk.unknown)))
+    of = lambda name: np.array([float(counter[name]) for counter in each])
+    times = {name: of(name) for counter in each for name in counter if isinstance(name, str)}
+    partly = {name: of(name) for name in walk.skipping}
+    return Runs(times, partly, *(tuple(sorted(x)) for x in (walk.unknown, walk.full)))
 
 
 class _Walk:
     def __init__(self, module):
         self._module, self._values = module, plan_values.Values(module)
-        self.unknown = set()
+        self.unknown, self.skipping, self.full = set(), set(), set()
 
     def through(self, name, at) -> Counter:
         """Runs of a computation and of all that it reaches when it runs once."""
@@ -49,7 +57,18 @@ class _Walk:
                 total += self.through(self._branch(name, i, at), at)
             elif i.op == "call":
                 total += self.through(i.called[0], at)
+            elif states := cost.states_of_tiles(i, self._module.computations[name]):
+                self.skipping.add((name, i.name))
+                total[name, i.name] = self._share(name, i, states, at)
         return total
+
+    def _share(self, where, i, states, at):
+        """How much of its tiles a kernel computes."""
+        try:
+            return float(np.mean(self._values.get(where, states, at) != 0))
+        except Unknown:
+            self.full.add(i.source)
+            return 1.0
 
     def _loop(self, where, i, at):
         trips, body = self._trips(where, i, at), i.attribute("body")

@@ -95,17 +95,22 @@ class Values:
             return frame.arguments[int(i.literal)]() if frame else self._argument(where, i, at)
         if i.op == "partition-id":
             return np.asarray(_index(at, DEVICE))
-        if i.op in ("fusion", "call"):
+        if i.op == "fusion-done":
+            return operand(0)
+        if i.op in ("fusion", "fusion-start", "call"):
             inner = self._module.computations[i.called[0]]
             given = [functools.partial(operand, n) for n in range(len(i.operands))]
             return self._inside(_Frame(given, {}), inner.name, inner.root.name, at)
         if i.op == "tuple":
             return tuple(functools.partial(operand, n) for n in range(len(i.operands)))
+        if i.op == "while":
+            after = functools.partial(self._after, where, i)
+            return tuple(functools.partial(after, n, at) for n in range(len(i.shapes)))
         large = any(np.prod(shape.dims, dtype=int) > _LIMIT for shape in i.shapes)
         if large or i.shapes[0].dtype[0] not in "sup":
             raise Unknown(name)
         try:
-            return apply(i, operand, self._module)
+            return apply(i, self._module.computations[where], self._module, operand)
         except (IndexError, TypeError, ValueError) as error:
             raise Unknown(name) from error  # a form of the operation that isn't known here
 
@@ -126,6 +131,12 @@ class Values:
         step = self._step(loop, number, at)
         first = self.get(caller.where, loop.operands[0], at)[number]()
         return first + step * _index(at, loop.name) if step else first
+
+    def _after(self, where, loop, number, at):
+        """What a loop leaves, where that is what it began with: tables go through it and beyond."""
+        if self._step(loop, number, at):
+            raise Unknown(loop.name)
+        return self.get(where, loop.operands[0], at)[number]()
 
     def _step(self, loop, number, at):
         """What an iteration adds, from what it makes of 0, 1 and 7.

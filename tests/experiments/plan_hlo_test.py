@@ -61,3 +61,19 @@ def test_other_text_and_types_are_refused():
         hlo.read("module @jit_f {}")
     with pytest.raises(ValueError, match="x7"):
         hlo.bits("x7")
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("s32[2,3]", [0, 1, 2, 3, 4, 5]),
+        ("s32[2,3]{0,1}", [0, 3, 1, 4, 2, 5]),
+        ("s32[2,3]{1,0:T(2,2)}", [0, 1, 3, 4, 2, -1, 5, -1]),
+        ("s32[2,3]{0,1:T(2,2)S(1)}", [0, 3, 1, 4, 2, 5, -1, -1]),
+        ("s8[2,4]{1,0:T(2,2)(2,1)}", [0, 4, 1, 5, 2, 6, 3, 7]),
+        ("s32[3]{0:T(1,2)}", [0, 1, 2, -1]),
+    ],
+)
+def test_places_in_memory(text, places):
+    (shape,) = hlo.shapes(text)
+    assert shape.places().tolist() == places

@@ -83,3 +83,61 @@ def test_the_branch_that_is_taken(case):
     branches = [lambda x: x, twice, lambda x: twice(twice(x))]
     fn = lambda x: loop(0, 5, lambda i, x: lax.switch(jnp.where(i < 4, case, 0), branches, x), x)
     assert products(module_of(fn, X)) == ([4 * case], ())
+
+
+COUNT_TO = """
+%body.{0} (p: (s32[], s32[2])) -> (s32[], s32[2]) {{
+  %p = (s32[], s32[2]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %ends = s32[2] get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %r = (s32[], s32[2]) tuple(%next, %ends)
+}}
+
+%condition.{0} (p: (s32[], s32[2])) -> pred[] {{
+  %p = (s32[], s32[2]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %ends = s32[2] get-tuple-element(%p), index=1
+  %last = s32[1] slice(%ends), slice={{[1:2]}}
+  %end = s32[] reshape(%last)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}}
+"""
+TWO_LOOPS = """
+ENTRY %main () -> (s32[], s32[2]) {
+  %zero = s32[] constant(0)
+  %table = s32[2,3]{1,0} constant({ {1, 2, 3}, {4, 5, 6} })
+  %turned = s32[3,2]{0,1} bitcast(%table)
+  %part = s32[1,2]{0,1} slice(%turned), slice={[2:3], [0:2]}
+  %ends = s32[2]{0} reshape(%part)
+  %start = (s32[], s32[2]) tuple(%zero, %ends)
+  %first = (s32[], s32[2]) while(%start), condition=%condition.1, body=%body.1
+  %carried = s32[2] get-tuple-element(%first), index=1
+  %again = (s32[], s32[2]) tuple(%zero, %carried)
+  ROOT %second = (s32[], s32[2]) while(%again), condition=%condition.2, body=%body.2
+}
+"""
+
+
+def test_a_bound_may_come_from_another_layout_and_through_another_loop():
+    module = plan_hlo.read(COUNT_TO.format(1) + COUNT_TO.format(2) + TWO_LOOPS)
+    runs = plan_runs.runs(module, (0,))
+    assert runs.times["body.1"] == runs.times["body.2"] == 6 and not runs.unknown
+
+
+@pytest.mark.parametrize(
+    ("states", "share", "full"), [("constant({0, 2, 1, 0})", 0.5, 0), ("parameter(0)", 1, 1)]
+)
+def test_a_kernel_that_skips_tiles_counts_for_those_that_it_computes(states, share, full):
+    module = plan_hlo.read(
+        "ENTRY %main (p: s32[4]) -> f32[8] {\n"
+        "  %grid = s32[] constant(2)\n"
+        "  %steps = s32[4] constant({1, 2, 3, 4})\n"
+        f"  %states = s32[4] {states}\n"
+        "  ROOT %flash_attention.7 = f32[8] custom-call(%grid, %steps, %states), "
+        'custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"100"}}\n}'
+    )
+    runs = plan_runs.runs(module, (0,))
+    main = module.computations["main"]
+    assert runs.of(main, main.root) == share and len(runs.full) == full
