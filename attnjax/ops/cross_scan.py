@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnjax.ops import selective_scan as scans
+from pallas_kernels import selective_scan as kernels
 
 Pattern = Literal["raster", "snake", "diagonal", "spiral"]
 ROUTES = 4  # of a pattern
@@ -34,6 +35,7 @@ def cross_scan(
     skip: Float[Array, "J H"],
     *,
     patterns: tuple[Pattern, ...] = ("raster",),
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y N 4 H"]:
     """y of each route at the cells of the image, in x's dtype. O(X Y) time and memory.
 
@@ -41,6 +43,7 @@ def cross_scan(
       select, widen, bias, log_rate, skip: as in `ops.selective_scan.selected_scan`, for the J = 4 N
         routes; those of the first head come first.
       patterns: one for each of the N heads.
+      implementation: of the scans, as in `ops.selective_scan`.
 
     Raises ValueError for patterns that are unknown or not as many as heads.
     """
@@ -49,7 +52,8 @@ def cross_scan(
         raise ValueError(f"{patterns=} must be as many as the {N} heads of x {x.shape}")
     order = np.concatenate([routes(pattern, X, Y) for pattern in patterns])
     flat = jnp.repeat(x.reshape(B, X * Y, N, H), ROUTES, axis=2)
-    y, _ = scans.selected_scan(_permute(flat, order), select, widen, bias, log_rate, skip)
+    weights = select, widen, bias, log_rate, skip
+    y, _ = scans.selected_scan(_permute(flat, order), *weights, implementation=implementation)
     return _permute(y, np.argsort(order, 1)).reshape(B, X, Y, N, ROUTES, H)
 
 
@@ -62,10 +66,12 @@ def ss2d(
     skip: Float[Array, "4 H"],
     *,
     pattern: Pattern = "raster",
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y H"]:
     """The sum of a pattern's routes, in u's dtype; otherwise as `cross_scan`."""
     weights = select, widen, bias, log_rate, skip
-    y = cross_scan(u[..., None, :], *weights, patterns=(pattern,))
+    options = dict(patterns=(pattern,), implementation=implementation)
+    y = cross_scan(u[..., None, :], *weights, **options)
     return y.astype(jnp.float32).sum((3, 4)).astype(u.dtype)
 
 

@@ -29,6 +29,7 @@ def selective_scan(
     *,
     mask: masks.Mask | None = None,
     initial_state: Float[Array, "B N H M"] | None = None,
+    implementation: kernels.Implementation | None = "xla",
     by: str = "selective_scan",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
     """(y in x's dtype, final state in float32). Always causal; O(T) time and memory.
@@ -38,6 +39,8 @@ def selective_scan(
       rate: <= 0.
       mask: any of Causal (which holds anyway), Valid, and Segments of which each is one run of
         tokens. The initial state belongs to the first segment, the final state to the last.
+      implementation: as in `pallas_kernels.selective_scan`. Not None by default, which is the
+        kernel on a TPU: only "xla" has forward-mode derivatives.
       by: who asks, for error messages.
 
     Raises NotImplementedError for any other mask, ValueError for shapes that don't fit.
@@ -52,6 +55,7 @@ def selective_scan(
         skip,
         segments=state_masks.documents(segments, by),
         initial_state=initial_state,
+        implementation=implementation,
     )
 
 
@@ -96,10 +100,11 @@ def selected_scan(
     *,
     mask: masks.Mask | None = None,
     initial_state: Float[Array, "B N H M"] | None = None,
+    implementation: kernels.Implementation | None = "xla",
     by: str = "selected_scan",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
     """`selective_scan` with the delta, b and c that `choose` gives for each token of x."""
     delta, b, c = choose(x, select, widen, bias)
     rate = -jnp.exp(log_rate.astype(jnp.float32))
-    options = dict(mask=mask, initial_state=initial_state, by=by)
+    options = dict(mask=mask, initial_state=initial_state, implementation=implementation, by=by)
     return selective_scan(x, delta, rate, b, c, skip, **options)

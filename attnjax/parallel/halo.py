@@ -64,7 +64,9 @@ def _over_grid(record, call, places):
     letter = call.letters["return"][1]
     length, here = places.sizes[letter], places.here(letter)
     rank = len(call.letters["return"]) - 3
-    options, near = reach.of_grid(call.options, length, rank)
+    options = dict(call.options)
+    how = {name: options.pop(name) for name in ("implementation",) if name in options}
+    options, near = reach.of_grid(options, length, rank)
     pieces = _pieces(length, here, places.size)
     low, high, align, least = near
     seen = lambda a, b: (low[a:b].min(), high[a:b].max() + 1) if a < b else (length, length)
@@ -74,7 +76,7 @@ def _over_grid(record, call, places):
         name: part.fetch(x, 1, places.axis) if letter in call.letters[name] else x
         for name, x in call.arrays.items()
     }
-    o = record.fn(**arrays, **options)
+    o = record.fn(**arrays, **options, **how)
     rows = places.first(letter) - part.first(places.axis) + jnp.arange(here)
     return jnp.take(o, rows, 1, mode="clip")
 

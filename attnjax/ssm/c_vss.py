@@ -31,6 +31,7 @@ from attnjax.core import layers, registry, selection
 from attnjax.core.registry import Claim
 from attnjax.ops import cross_scan as ops
 from attnjax.ops import depthwise_conv as convolutions
+from pallas_kernels import selective_scan as kernels
 
 
 def c_vss(
@@ -43,16 +44,20 @@ def c_vss(
     skip: Float[Array, "4 H"],
     gain: Float[Array, "H"],
     offset: Float[Array, "H"],
+    *,
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y H"]:
     """z, in u's dtype.
 
     Args:
       modulation: scale_2 and shift_2 of each image.
       select, widen, bias, log_rate, skip: as in `ops.selective_scan.selected_scan`, for each route.
+      implementation: of the scans, as in `ops.selective_scan`.
 
     Raises ValueError for weights that don't fit each other.
     """
-    y = ops.ss2d(u, select, widen, bias, log_rate, skip).astype(jnp.float32)
+    weights = select, widen, bias, log_rate, skip
+    y = ops.ss2d(u, *weights, implementation=implementation).astype(jnp.float32)
     y = jax.nn.standardize(y, epsilon=1e-6) * gain[None, None, None] + offset[None, None, None]
     return modulate(y, modulation.astype(jnp.float32)).astype(u.dtype)
 

@@ -34,6 +34,7 @@ from attnjax.core import layers, positions, registry, selection
 from attnjax.core.registry import Claim
 from attnjax.ops import cross_scan as ops
 from attnjax.ops import depthwise_conv as convolutions
+from pallas_kernels import selective_scan as kernels
 
 
 def lamamba_diff(
@@ -54,6 +55,7 @@ def lamamba_diff(
     window: int = 8,
     shift: int = 0,
     pattern: ops.Pattern = "snake",
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y D"]:
     """Both steps, in x's dtype.
 
@@ -64,6 +66,7 @@ def lamamba_diff(
       offsets: bias of the scores of a query and a key by their cells of the window, in row order.
       window, shift: side of the windows, and their shift along both axes, less than `window`.
       pattern: of the routes.
+      implementation: of the scans, as in `ops.selective_scan`.
 
     Raises ValueError for a shift or offsets that don't fit the window, and for weights that don't
     fit each other.
@@ -71,7 +74,8 @@ def lamamba_diff(
     parts = jnp.split(modulation[:, :, None, None], 6, 1)
     first, second = ([part[:, 0] for part in half] for half in (parts[:3], parts[3:]))
     scan = select, widen, bias, log_rate, skip
-    x = _step(x, first, lambda y: _mamba(y, up, kernel, scan, down, pattern))
+    options = dict(pattern=pattern, implementation=implementation)
+    x = _step(x, first, lambda y: _mamba(y, up, kernel, scan, down, options))
     return _step(x, second, lambda y: _attend(y, qkv, offsets, merge, window, shift))
 
 
@@ -85,10 +89,10 @@ def _layer_norm(x):
     return jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-6)
 
 
-def _mamba(x, up, kernel, scan, down, pattern):
+def _mamba(x, up, kernel, scan, down, options):
     u, gate = jnp.einsum("BXYD,PDG->PBXYG", x, up.astype(x.dtype))
     u = jax.nn.silu(convolutions.depthwise_conv(u, kernel[None]))
-    y = _layer_norm(ops.ss2d(u, *scan, pattern=pattern)).astype(x.dtype)
+    y = _layer_norm(ops.ss2d(u, *scan, **options)).astype(x.dtype)
     return jnp.einsum("BXYG,GD->BXYD", y * jax.nn.silu(gate), down.astype(x.dtype))
 
 

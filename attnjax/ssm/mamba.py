@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from attnjax.core import layers, masks, recurrent, registry, selection, short_conv
 from attnjax.core.registry import Claim
 from attnjax.ops import selective_scan as ops
+from pallas_kernels import selective_scan as kernels
 
 
 def mamba(
@@ -42,6 +43,7 @@ def mamba(
     mask: masks.Mask | None = None,
     initial_state: Float[Array, "B N H M"] | None = None,
     return_state: bool = False,
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
     """ssm(u) in u's dtype, and with `return_state` also the last h in float32. Always causal.
 
@@ -49,10 +51,12 @@ def mamba(
       mask: any of Causal, Valid, Segments. A padded token changes nothing. Where a segment (one
         run of tokens) begins h is zero.
       initial_state: h of the token before these, in the first segment.
+      implementation: of the scan, as in `ops.selective_scan`.
 
     Raises ValueError for weights that don't fit each other.
     """
     options = dict(mask=mask, initial_state=initial_state, by="mamba")
+    options |= dict(implementation=implementation)
     y, state = ops.selected_scan(u, select, widen, bias, log_rate, skip, **options)
     return (y, state) if return_state else y
 
@@ -140,6 +144,7 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
+            Claim.FUSED,
             Claim.CONTEXT_PARALLEL,
             Claim.FORWARD_MODE,
         }

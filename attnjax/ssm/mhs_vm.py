@@ -31,6 +31,7 @@ from attnjax.core import layers, registry, selection
 from attnjax.core.registry import Claim
 from attnjax.ops import cross_scan as ops
 from attnjax.ops import depthwise_conv as convolutions
+from pallas_kernels import selective_scan as kernels
 
 PATTERNS = ("snake", "diagonal", "spiral")
 
@@ -45,6 +46,7 @@ def mhs_vm(
     *,
     patterns: tuple[ops.Pattern, ...] = PATTERNS,
     threshold: float = 0.0,
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y N H"]:
     """a_n sum_j y_nj, in x's dtype.
 
@@ -52,11 +54,13 @@ def mhs_vm(
       select, widen, bias, log_rate, skip: as in `ops.selective_scan.selected_scan`, for all routes;
         those of the first head come first.
       patterns: one for each head.
+      implementation: of the scans, as in `ops.selective_scan`.
 
     Raises ValueError for patterns that are unknown or not as many as heads.
     """
     weights = select, widen, bias, log_rate, skip
-    y = ops.cross_scan(x.astype(jnp.float32), *weights, patterns=patterns)
+    options = dict(patterns=patterns, implementation=implementation)
+    y = ops.cross_scan(x.astype(jnp.float32), *weights, **options)
     return scan_route_attention(y, threshold=threshold).astype(x.dtype)
 
 

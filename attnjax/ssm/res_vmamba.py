@@ -31,6 +31,7 @@ from attnjax.core import layers, registry, selection
 from attnjax.core.registry import Claim
 from attnjax.ops import cross_scan as ops
 from attnjax.ops import depthwise_conv as convolutions
+from pallas_kernels import selective_scan as kernels
 
 
 def res_vmamba(
@@ -40,12 +41,18 @@ def res_vmamba(
     bias: Float[Array, "4 H"],
     log_rate: Float[Array, "4 H M"],
     skip: Float[Array, "4 H"],
+    *,
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y H"]:
     """ss2d(u) in u's dtype; routes in the order rows, columns, rows and columns backwards.
 
+    Args:
+      implementation: of the scans, as in `ops.selective_scan`.
+
     Raises ValueError for weights that don't fit each other.
     """
-    return ops.ss2d(u, select, widen, bias, log_rate, skip)
+    weights = select, widen, bias, log_rate, skip
+    return ops.ss2d(u, *weights, implementation=implementation)
 
 
 class ResVmamba(nn.Module):
@@ -95,5 +102,5 @@ SPEC = registry.Mechanism(
     papers=("res-vmamba",),
     example=_example,
     oracle=_oracle,
-    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}),
+    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FUSED, Claim.FORWARD_MODE}),
 )

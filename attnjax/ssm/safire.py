@@ -32,6 +32,7 @@ from attnjax.core import layers, masks, registry, selection
 from attnjax.core.registry import Claim
 from attnjax.ops import cross_scan
 from attnjax.ops import selective_scan as ops
+from pallas_kernels import selective_scan as kernels
 
 
 def safire(
@@ -46,6 +47,7 @@ def safire(
     *,
     region: int = 16,
     mask: masks.Mask | None = None,
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B T H"]:
     """x after all cycles, in x's dtype; float32 between them.
 
@@ -55,6 +57,7 @@ def safire(
         and direction.
       region: cells of a region; the last may have fewer.
       mask: Valid says which tokens of the text are no padding; NotImplementedError for others.
+      implementation: of the scans, as in `ops.selective_scan`.
 
     Raises ValueError for a region below 1 and for weights that don't fit each other.
     """
@@ -71,14 +74,15 @@ def safire(
         saccade, *scan = weights
         scale, shift = jnp.split((sentence @ saccade.astype(jnp.float32))[:, None], 2, -1)
         z = jax.nn.standardize(x, epsilon=1e-6) * (1 + scale) + shift
-        return x + _fixation(z, text, seen, scan, region), None
+        run = functools.partial(ops.selected_scan, implementation=implementation, by="safire")
+        return x + _fixation(z, text, seen, scan, region, run), None
 
     weights = saccade, select, widen, bias, log_rate, skip
     return jax.lax.scan(cycle, x.astype(jnp.float32), weights)[0].astype(x.dtype)
 
 
-def _fixation(z, text, seen, weights, region):
-    """The scans of regions and text from both ends, summed, at the cells (B T H)."""
+def _fixation(z, text, seen, weights, region, run):
+    """The scans, by `run`, of regions and text from both ends, summed, at the cells (B T H)."""
     B, T, H = z.shape
     count = -(-T // region)
     end = ((0, 0), (0, count * region - T))
@@ -87,7 +91,7 @@ def _fixation(z, text, seen, weights, region):
 
     def scan(line, real, way):
         one_head = [w[way][None] for w in weights]
-        y, _ = ops.selected_scan(line[:, :, None], *one_head, mask=masks.Valid(real), by="safire")
+        y, _ = run(line[:, :, None], *one_head, mask=masks.Valid(real))
         return y[:, :, 0]
 
     y = scan(line, real, 0) + scan(line[:, ::-1], real[:, ::-1], 1)[:, ::-1]

@@ -31,6 +31,7 @@ from attnjax.core import layers, masks, positions, registry, selection
 from attnjax.core.registry import Claim
 from attnjax.ops import cross_scan as ops
 from attnjax.ops import depthwise_conv as convolutions
+from pallas_kernels import selective_scan as kernels
 
 
 def segman(
@@ -47,6 +48,7 @@ def segman(
     lepe: Float[Array, "5 5 G"],
     *,
     window: int = 7,
+    implementation: kernels.Implementation | None = "xla",
 ) -> Float[Array, "B X Y G"]:
     """r + s + conv_5x5(v) in v's dtype.
 
@@ -54,13 +56,15 @@ def segman(
       kernel, lepe: of the convolution before the scan, and of the one of the values.
       select, widen, bias, log_rate, skip: as in `ops.selective_scan.selected_scan`, for each route.
       window: cells that a query sees along an axis; inward at the border, and cut to the image.
+      implementation: of the scans, as in `ops.selective_scan`.
 
     Raises ValueError for a window below 1 and for weights that don't fit each other.
     """
     near = registry.get("window.gna").fn(q, k, v, window=window)
     near, values = (x.reshape(*x.shape[:3], -1) for x in (near, v))
     u = jax.nn.silu(convolutions.depthwise_conv(near, kernel[None]))
-    far = ops.ss2d(u, select, widen, bias, log_rate, skip).astype(jnp.float32)
+    weights = select, widen, bias, log_rate, skip
+    far = ops.ss2d(u, *weights, implementation=implementation).astype(jnp.float32)
     far = jax.nn.standardize(far, epsilon=1e-6) * gain[None, None, None]
     return near + far.astype(v.dtype) + convolutions.depthwise_conv(values, lepe[None])
 

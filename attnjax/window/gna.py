@@ -34,11 +34,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attnjax.core import layers, masks, registry
 from attnjax.core.registry import Claim
-from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import neighborhood_attention as ops
+from pallas_kernels import neighborhood as kernels
 
 
 def gna(
@@ -50,16 +51,18 @@ def gna(
     stride: int | tuple[int, ...] = 1,
     dilation: int | tuple[int, ...] = 1,
     causal: bool | tuple[bool, ...] = False,
+    implementation: ops.Implementation | None = None,
 ) -> Float[Array, "B *T N V"]:
     """Neighborhood attention over a grid of any number of axes: sequences, images, videos.
 
-    Each option is one value for all axes or a tuple with one for each.
+    Each option but the last is one value for all axes or a tuple with one for each.
 
     Args:
       window: keys that a query sees along an axis; cut to the L // dilation of the shortest line.
       stride: neighbours that share a window, at most `window`.
       dilation: distance of the keys of a window.
       causal: whether a query sees nothing after its own position along the axis.
+      implementation: as in `ops.neighborhood_attention`.
 
     Returns the output in v's dtype. Raises ValueError for options out of range, and for queries,
     keys and values of different grids.
@@ -70,10 +73,10 @@ def gna(
     options = dict(window=window, stride=stride, dilation=dilation, causal=causal)
     split = {name: _per_axis(name, value, len(shape)) for name, value in options.items()}
     axes = [_axis(*sizes) for sizes in zip(shape, *split.values(), strict=True)]
-    seen = functools.reduce(_both, [jnp.asarray(axis.seen) for axis in axes])
-    attend = functools.partial(ops.dot_product_attention, mask=masks.Dense(seen[:, None]))
     queries, keys = [axis.queries for axis in axes], [axis.keys for axis in axes]
-    return _join(jax.vmap(attend)(_take(q, queries), _take(k, keys), _take(v, keys)), axes)
+    q, k, v = _take(q, queries), _take(k, keys), _take(v, keys)
+    options = dict(near=_near(axes), implementation=implementation)
+    return _join(ops.neighborhood_attention(q, k, v, **options), axes)
 
 
 def _per_axis(name, value, rank):
@@ -88,7 +91,8 @@ class Axis(NamedTuple):
 
     queries: Int[np.ndarray, "G q"]  # positions; a group is filled up by repeating its last one
     keys: Int[np.ndarray, "G s"]
-    seen: Bool[np.ndarray, "G q s"]
+    low: Int[np.ndarray, "G q"]  # the first of its group's keys that a query sees
+    high: Int[np.ndarray, "G q"]  # the last
     slots: Int[np.ndarray, "L"]  # where in the flattened `queries` each position is
 
 
@@ -108,12 +112,11 @@ def _axis(length: int, window: int, stride: int, dilation: int, causal: bool) ->
     low, high = _window(index, count, window, stride, causal)
     first = np.maximum(low.min(-1, keepdims=True), 0)
     key = first + np.arange((high - first).max() + 1)
-    seen = (low[..., None] <= key[..., None, :]) & (key[..., None, :] <= high[..., None])
     groups = lambda x: x.reshape(-1, *x.shape[2:])
     at = lambda index: groups(line + dilation * np.minimum(index, count - 1))
     position = np.arange(length)
     slots = position % dilation * blocks * block + position // dilation
-    return Axis(at(index), at(key), groups(seen), slots)
+    return Axis(at(index), at(key), groups(low - first), groups(high - first), slots)
 
 
 def _window(index, count, window, stride, causal):
@@ -126,10 +129,23 @@ def _window(index, count, window, stride, causal):
     return first, first + window - 1
 
 
-def _both(a, b):
-    """(G q s), (F r u) -> (GF qr su): seen along the one axis and along the other."""
-    both = a[:, None, :, None, :, None] & b[None, :, None, :, None, :]
-    return both.reshape([m * n for m, n in zip(a.shape, b.shape, strict=True)])
+def _near(axes):
+    """What queries see of their groups, along every axis; keys count from the group's first."""
+    low, high = (_product([getattr(axis, end) for axis in axes]) for end in ("low", "high"))
+    at = _product([np.arange(axis.keys.shape[1])[None] for axis in axes])
+    return kernels.Near(at, low, high)
+
+
+def _product(tables):
+    """Tables (G n), one for each axis a of a grid -> (a, all groups, all of their cells)."""
+    rank = len(tables)
+    sizes = [table.shape[i] for i in (0, 1) for table in tables]
+    spread = []
+    for axis, table in enumerate(tables):
+        shape = np.ones(2 * rank, int)
+        shape[[axis, rank + axis]] = table.shape
+        spread.append(jnp.broadcast_to(jnp.asarray(table).reshape(shape), sizes))
+    return jnp.stack(spread).reshape(rank, np.prod(sizes[:rank]), -1)
 
 
 def _take(x, tables):
@@ -210,7 +226,13 @@ SPEC = registry.Mechanism(
         dict(window=3, dilation=(4, 1), stride=2, causal=(True, False)),
     ),
     claims=frozenset(
-        {Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.DENSE_TWIN, Claim.CONTEXT_PARALLEL}
+        {
+            Claim.LINEAR_MEMORY,
+            Claim.LINEAR_COMPUTE,
+            Claim.FUSED,
+            Claim.DENSE_TWIN,
+            Claim.CONTEXT_PARALLEL,
+        }
     ),
     context=("halo",),
 )

@@ -26,9 +26,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from attnjax.core import layers, masks, positions, registry
+from attnjax.core import layers, positions, registry
 from attnjax.core.registry import Claim
-from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import neighborhood_attention as ops
+from pallas_kernels import neighborhood as kernels
 
 
 def swin(
@@ -39,6 +40,7 @@ def swin(
     *,
     window: int = 7,
     shift: int = 0,
+    implementation: ops.Implementation | None = None,
 ) -> Float[Array, "B X Y N V"]:
     """Eq. 4 within each window of `window` times `window` tokens.
 
@@ -47,6 +49,7 @@ def swin(
       window: M.
       shift: of the windows along both axes, less than `window`. An axis that fits into one window
         is not shifted, as in the authors' code.
+      implementation: as in `ops.neighborhood_attention`.
 
     Returns the output in v's dtype. Raises ValueError for a shift or a bias that doesn't fit, and
     for queries, keys and values of different grids.
@@ -60,11 +63,13 @@ def swin(
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be of the same grid")
     shifts = tuple(shift if size > window else 0 for size in shape)
     cut = functools.partial(_cut, window=window, shifts=shifts)
-    mask = None
+    near = None
     if any(shifts) or any(size % window for size in shape):
-        mask = masks.Segments(cut(_regions(shape, shifts), fill=-1)[0])
-    attend = functools.partial(ops.dot_product_attention, mask=mask, bias=bias)
-    return _join(jax.vmap(attend)(cut(q), cut(k), cut(v)), shape, window=window, shifts=shifts)
+        region = cut(_regions(shape, shifts), fill=-1)
+        near = kernels.Near(region, region, region)
+    options = dict(near=near, bias=bias, implementation=implementation)
+    o = ops.neighborhood_attention(cut(q), cut(k), cut(v), **options)
+    return _join(o, shape, window=window, shifts=shifts)
 
 
 def _regions(shape, shifts):
@@ -139,7 +144,13 @@ SPEC = registry.Mechanism(
     oracle=_oracle,
     variants=({}, dict(shift=3)),
     claims=frozenset(
-        {Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.DENSE_TWIN, Claim.CONTEXT_PARALLEL}
+        {
+            Claim.LINEAR_MEMORY,
+            Claim.LINEAR_COMPUTE,
+            Claim.FUSED,
+            Claim.DENSE_TWIN,
+            Claim.CONTEXT_PARALLEL,
+        }
     ),
     context=("halo",),
 )

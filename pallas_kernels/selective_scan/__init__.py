@@ -8,14 +8,22 @@ and token, says how much of the state goes and how much of the token comes; b an
 channels of a head, say where in the state it is written and read.
 
 Time is walked in chunks that carry h, of which one at a time is spread over its M entries, also in
-the backward pass. Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State
-Spaces", arXiv:2312.00752, algorithm 2 and section 3.3.
+the backward pass: `xla` and `mosaic_tpu` keep the states between chunks. Source: Gu and Dao,
+"Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, algorithm 2
+and section 3.3.
 """
 
+import functools
+from typing import Literal, get_args
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.selective_scan import xla
+from pallas_kernels import placing
+from pallas_kernels.selective_scan import mosaic_tpu, xla
+
+Implementation = Literal["xla", "pallas", "interpret"]
 
 
 def selective_scan(
@@ -29,6 +37,7 @@ def selective_scan(
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H M"] | None = None,
     chunk: int = 64,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
     """(y in x's dtype, final state in float32); accumulates in float32.
 
@@ -38,26 +47,67 @@ def selective_scan(
       segments: numbers of the documents packed into a sequence, each of them one run of tokens.
         The initial state belongs to the first, the final state to the last.
       initial_state: the state after earlier tokens; None is zero.
-      chunk: tokens taken at once.
+      chunk: tokens taken at once, a multiple of 16.
+      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
+        slowly. None is the kernel where the call is lowered for TPU, runs whole on each device
+        (`placing`) and `mosaic_tpu.fits`, and XLA elsewhere. Only "xla" has forward-mode
+        derivatives (jax.jvp) and derivatives of the gradient.
 
-    All arrays but segments have gradients. Raises ValueError for arguments that don't fit.
+    All arrays but segments have gradients. Raises ValueError for arguments that don't fit each
+    other, NotImplementedError for states that are too large for the kernel that was asked for.
     """
-    _check(x, delta, rate, b, c, skip, segments, initial_state, chunk)
+    _check(x, delta, rate, b, c, skip, segments, initial_state, chunk, implementation)
     B, T, N, H = x.shape
-    state = jnp.zeros_like(x, jnp.float32, (B, N, H, b.shape[-1]))  # varies on a mesh as x does
+    # zeros vary over the axes of a mesh that x varies over, and so does what is added to them
+    zeros = lambda dtype, *shape: jnp.zeros_like(x, dtype, shape)
+    state, new = zeros(jnp.float32, B, N, H, b.shape[-1]), None
     if initial_state is not None:
         state = state + initial_state
-    new = jnp.zeros((B, T), bool)
     if segments is not None:
         new = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    y, state = xla.selective_scan(x, delta, rate, b, c, new, state, chunk=chunk)
-    y = y + skip.astype(jnp.float32)[None, None] * x.astype(jnp.float32)
-    return y.astype(x.dtype), state
+        new = new | zeros(bool, B, T)
+    weights = tuple(w + zeros(w.dtype, *w.shape) for w in (rate, skip))
+    tokens = x, delta, b, c
+    if implementation == "xla":
+        return xla.forward(tokens, weights, state, new, chunk=chunk, keep=False)
+    return _op(tokens, weights, state, new, chunk, implementation)
 
 
-def _check(x, delta, rate, b, c, skip, segments, initial_state, chunk):
-    if chunk < 1:
-        raise ValueError(f"{chunk=} must be at least 1")
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _op(tokens, weights, state, new, chunk, implementation):
+    args = tokens, weights, state, new
+    return _run("forward", args, implementation, chunk=chunk, keep=False)
+
+
+def _forward(tokens, weights, state, new, chunk, implementation):
+    args = tokens, weights, state, new
+    y, last, states = _run("forward", args, implementation, chunk=chunk, keep=True)
+    return (y, last), (tokens, weights, new, states)
+
+
+def _backward(chunk, implementation, residuals, cotangents):
+    return *_run("backward", (*residuals, *cotangents), implementation, chunk=chunk), None
+
+
+_op.defvjp(_forward, _backward)
+
+
+def _run(name, args, implementation, **options):
+    by_xla = functools.partial(getattr(xla, name), **options)
+    by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
+    if implementation is not None:
+        return by_kernel(*args, interpret=implementation == "interpret")
+    b = args[0][2]
+    if placing.whole() and mosaic_tpu.fits(b.shape[-1], options["chunk"]):
+        return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
+    return by_xla(*args)
+
+
+def _check(x, delta, rate, b, c, skip, segments, initial_state, chunk, implementation):
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    if chunk < 16 or chunk % 16:
+        raise ValueError(f"{chunk=} must be a positive multiple of 16")
     (B, T, N, H), M = x.shape, b.shape[-1]
     if T == 0:
         raise ValueError(f"x of shape {x.shape} must have at least one token")
@@ -72,3 +122,7 @@ def _check(x, delta, rate, b, c, skip, segments, initial_state, chunk):
     ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} of shape {array.shape} must have shape {shape}")
+    if implementation in ("pallas", "interpret") and not mosaic_tpu.fits(M, chunk):
+        raise NotImplementedError(
+            f"the kernel can't hold {chunk=} states of {M=} entries; a smaller chunk or 'xla' can"
+        )

@@ -1,0 +1,88 @@
+r"""Softmax attention of many small groups of queries, each with the few keys that it needs.
+
+    o_t = sum_s softmax_s(q_t . k_s / sqrt(H) + bias_ts) v_s      over the s that t sees
+
+Windows of an image and neighborhoods of a grid are such groups. One by one they are too small for
+`ops.dot_product_attention` to fill a TPU, whose kernel takes tiles of 128 queries at least;
+`pallas_kernels.neighborhood` packs several into one.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from attnjax.core import masks
+from attnjax.ops import dot_product_attention as ops
+from pallas_kernels import neighborhood as kernels
+from pallas_kernels import placing
+
+Implementation = Literal["xla", "pallas", "interpret"]
+
+
+def neighborhood_attention(
+    q: Float[Array, "B G T N H"],
+    k: Float[Array, "B G S K H"],
+    v: Float[Array, "B G S K V"],
+    *,
+    near: kernels.Near | None = None,
+    bias: Float[Array, "1 N T S"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B G T N V"]:
+    """Attention within each of G groups, in v's dtype.
+
+    Args:
+      near: what queries see of their group; None is everything. A query that sees nothing gives
+        zeros.
+      bias: added to the scores of every group; has a gradient.
+      implementation: "xla" is `ops.dot_product_attention` over groups, "pallas" a kernel for TPU
+        without forward-mode derivatives, and "interpret" runs that kernel on any platform, slowly.
+        None is the kernel where the call is lowered for TPU, runs whole on each device (`placing`)
+        and a group fits into the kernel's memory, and XLA elsewhere.
+
+    Raises ValueError for shapes that don't fit, and NotImplementedError for groups that are too
+    large for the kernel that was asked for.
+    """
+    _check(q, k, v, near, bias, implementation)
+    by_kernel = functools.partial(_by_kernel, scale=q.shape[-1] ** -0.5)
+    args = q, k, v, near, bias
+    if implementation in ("pallas", "interpret"):
+        return by_kernel(*args, interpret=implementation == "interpret")
+    fits = kernels.fits(q, k, v, bias)
+    if implementation is None and fits and placing.whole():
+        return jax.lax.platform_dependent(*args, tpu=by_kernel, default=_by_xla)
+    return _by_xla(*args)
+
+
+def _by_kernel(q, k, v, near, bias, *, scale, interpret=False):
+    bias = None if bias is None else bias[0]
+    options = dict(near=near, bias=bias, scale=scale, interpret=interpret)
+    return kernels.neighborhood_attention(q, k, v, **options)
+
+
+def _by_xla(q, k, v, near, bias):
+    mask = None if near is None else masks.Dense(seen(near)[:, None])
+    return jax.vmap(functools.partial(ops.dot_product_attention, mask=mask, bias=bias))(q, k, v)
+
+
+def seen(near: kernels.Near) -> Bool[Array, "G T S"]:
+    """Which keys of its group each query sees."""
+    along = lambda at, low, high: (low[..., None] <= at[:, None]) & (at[:, None] <= high[..., None])
+    return functools.reduce(jnp.logical_and, [along(*axis) for axis in zip(*near, strict=True)])
+
+
+def _check(q, k, v, near, bias, implementation):
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    (B, G, T, N, H), (_, _, S, K, V) = q.shape, v.shape
+    if k.shape != (B, G, S, K, H) or v.shape != (B, G, S, K, V) or N % K:
+        raise ValueError(f"shapes don't fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    if bias is not None and bias.shape != (1, N, T, S):
+        raise ValueError(f"bias of shape {bias.shape} must have shape {(1, N, T, S)}")
+    if near is not None:
+        A = len(near.at)
+        shapes = [x.shape for x in near]
+        if shapes not in ([(A, g, S), (A, G, T), (A, G, T)] for g in (1, G)):
+            raise ValueError(f"near of shapes {shapes} must be of {A=} axes, {G=}, {T=} and {S=}")
