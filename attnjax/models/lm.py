@@ -56,16 +56,24 @@ class LM(backbone.Backbone, kw_only=True):
             self.unembed = nn.Embed(self.vocab_size, self.features)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, mask: masks.Mask | None = None
-    ) -> Float[Array, "B T F"]:
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: masks.Mask | None = None,
+        at: Int[Array, "B P"] | None = None,
+    ) -> Float[Array, "B T F"] | Float[Array, "B P F"]:
         """Logits in float32; what `mask` hides is hidden beside the future.
+
+        Args:
+          at: positions that logits are wanted of; None is all. With many tokens in the vocabulary
+            logits take most of the time.
 
         Raises ValueError for more than max_length tokens or a mechanism that doesn't fit.
         """
         mask = masks.Causal() if mask is None else mask & masks.Causal()
         x = self._embed(tokens, 0)
         x, _ = self._through(lambda layer, x, _: (layer(x, mask), None), x)
-        return self._logits(x)
+        return self._logits(x if at is None else jnp.take_along_axis(x, at[..., None], 1))
 
     def init_state(self, batch: int, length: int) -> State:
         """The state before the first of at most `length` tokens.
