@@ -70,12 +70,12 @@ def context_parallel(mesh, config=None):
     wanted = config.strategy if config else ""
     name = registry.parse_call(wanted)[0] if wanted else ""
     mixers = [registry.get(registry.parse(text)[0]) for text in config.mixers] if wanted else []
-    if wanted and not any(name in record.context for record in mixers):
-        have = sorted({each for record in mixers for each in record.context})
+    if wanted and not any(name in parallel.strategies(record) for record in mixers):
+        have = sorted({each for record in mixers for each in parallel.strategies(record)})
         raise ValueError(f"strategy={wanted!r} must be one of the mixers': {', '.join(have)}")
     if mesh.shape["context"] == 1:
         return None
-    choose = lambda record: wanted if name in record.context else None
+    choose = lambda record: wanted if name in parallel.strategies(record) else None
     return lambda record: parallel.shard(choose(record), record, mesh)
 
 

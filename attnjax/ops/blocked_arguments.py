@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Literal
 
 from attnjax.core.masks import Mask
 from attnjax.ops.blocked_schedule import Schedule
@@ -46,7 +47,10 @@ class Given(NamedTuple):
 
 
 def open_closure(score_mod):
-    """score_mod with what it captured as arguments: (function, floating arrays, other arrays)."""
+    """score_mod with what it captured as arguments: (function, floating arrays, other arrays).
+
+    Within a shard_map the function raises NotImplementedError for loops and branches in score_mod.
+    """
     if score_mod is None:
         return None, [], []
     scalars = [jax.ShapeDtypeStruct((), x) for x in (jnp.float32, *[jnp.int32] * 4)]
@@ -56,10 +60,38 @@ def open_closure(score_mod):
     def opened(captured, constants, *scalars):
         captured, constants = iter(captured), iter(constants)
         values = [next(captured if x else constants) for x in learned]
-        return jax.core.eval_jaxpr(closed.jaxpr, values, *scalars)[0]
+        evaluate = _evaluate if _varies((values, scalars)) else jax.core.eval_jaxpr
+        return evaluate(closed.jaxpr, values, *scalars)[0]
 
     pick = lambda kind: [x for x, y in zip(closed.consts, learned, strict=True) if y == kind]
     return opened, pick(True), pick(False)
+
+
+def _evaluate(jaxpr, consts, *args):
+    """As jax.core.eval_jaxpr, for arrays that vary over more mesh axes than those of the trace.
+
+    An operation within a shard_map needs arguments that vary alike: here they are cast.
+    """
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    read = lambda x: jnp.asarray(x.val, x.aval.dtype) if isinstance(x, Literal) else env[x]
+    for eqn in jaxpr.eqns:
+        values = [read(x) for x in eqn.invars]
+        env.update(zip(eqn.outvars, _apply(eqn, varying(values, like=values)), strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _apply(eqn, values):
+    name, params = eqn.primitive.name, eqn.params
+    if name == "pvary":
+        cast = lambda x: lax.pcast(x, tuple(set(params["axes"]) - _varies(x)), to="varying")
+        return [cast(x) for x in values]
+    if name in ("jit", "pjit"):
+        return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, *values)
+    is_jaxpr = lambda x: hasattr(x, "eqns")
+    if any(map(is_jaxpr, jax.tree.leaves(params, is_leaf=is_jaxpr))):
+        raise NotImplementedError(f"score_mod can't call {name} on several devices, jnp.where can")
+    out = eqn.primitive.bind(*values, **params)
+    return out if eqn.primitive.multiple_results else [out]
 
 
 def zeros(shape, like):
@@ -72,7 +104,11 @@ def varying(x, like):
 
     shard_map checks that what a loop carries has one type; gradients are summed where this casts.
     """
-    varies = lambda leaf: jax.typeof(leaf).mat.varying
-    axes = frozenset().union(*map(varies, jax.tree.leaves(like)))
-    cast = lambda leaf: lax.pcast(leaf, tuple(axes - varies(leaf)), to="varying")
+    axes = _varies(like)
+    cast = lambda leaf: lax.pcast(leaf, tuple(axes - _varies(leaf)), to="varying")
     return jax.tree.map(cast, x)
+
+
+def _varies(tree):
+    """Mesh axes over which any array varies."""
+    return frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))

@@ -1,4 +1,4 @@
-"""Context parallelism as transforms of a pure function: one strategy a file.
+"""Parallelism within attention as transforms of a pure function: one strategy a file.
 
     fn = parallel.shard("ring(order='zigzag')", registry.get("gqa"), mesh)
     o = jax.jit(fn)(q, k, v, mask=masks.Causal())        # as gqa(q, k, v, ...), T over four devices
@@ -29,22 +29,23 @@ def shard(
 ) -> Callable:
     """`record.fn` with its sequence split over the mesh axis `axis`: same arguments, same result.
 
-    strategy is a name with options; None is the first that the record names. A length that doesn't
-    divide is filled up within; a batch or heads that don't divide are kept whole in each device.
+    strategy is a name with options; None is the first that the record names. `tensor` splits heads
+    in the place of the sequence, and `latent` the slices of a latent. A length that doesn't divide
+    is filled up within; a batch or heads that don't divide are kept whole in each device.
 
-    Raises ValueError for a strategy that the record doesn't name, an option that it hasn't, or an
-    axis that the mesh lacks. The new function raises NotImplementedError for arguments that the
-    strategy can't honour, saying what would work.
+    Raises ValueError for a strategy that is none of the record's `strategies`, an option that it
+    hasn't, or an axis that the mesh lacks. The new function raises NotImplementedError for
+    arguments that the strategy can't honour, saying what would work.
     """
     local = _load(strategy, record)
     if axis not in mesh.shape:
         raise ValueError(f"{axis=} must be one of the mesh's {', '.join(mesh.axis_names)}")
-    multiple = local.multiple(mesh.shape[axis])
 
     @functools.wraps(record.fn)
     def sharded(*args, **options):
         call = split.bind(record.fn, args, options)
-        places = layout.Places(mesh, axis, call, multiple=multiple)
+        multiple = local.multiple(mesh.shape[axis], call)
+        places = layout.Places(mesh, axis, call, multiple=multiple, over=local.over)
         local.check(record, call, places)
         call = places.fill_up(call)
         leaves, tree = jax.tree.flatten(call.mask)
@@ -65,6 +66,11 @@ def shard(
     return sharded
 
 
+def strategies(record: registry.Mechanism) -> tuple[str, ...]:
+    """Those that a record names, and `tensor` where `all_to_all` is one: it asks the same of it."""
+    return record.context + (("tensor",) if "all_to_all" in record.context else ())
+
+
 def _load(text, record):
     name = record.fn.__name__
     if not record.context:
@@ -72,8 +78,8 @@ def _load(text, record):
         others = [name for name, record in known if record.context][:4]
         raise ValueError(f"{name} has no strategy of context parallelism; {', '.join(others)} have")
     strategy, options = registry.parse_call(record.context[0] if text is None else text)
-    if strategy not in record.context:
-        raise ValueError(f"{strategy=} must be one of {name}'s: {', '.join(record.context)}")
+    if strategy not in strategies(record):
+        raise ValueError(f"{strategy=} must be one of {name}'s: {', '.join(strategies(record))}")
     parts = importlib.import_module(f"attnjax.parallel.{strategy}").STRATEGY
     parameters = inspect.signature(parts.run).parameters.values()
     choices = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -81,4 +87,5 @@ def _load(text, record):
         if option not in choices:
             nearest = registry.nearest(option, choices)
             raise ValueError(f"{strategy} has no option {option!r}{nearest}")
-    return split.Strategy(*(functools.partial(part, **options) for part in parts))
+    *steps, over = parts
+    return split.Strategy(*(functools.partial(step, **options) for step in steps), over)

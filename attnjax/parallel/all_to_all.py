@@ -32,16 +32,11 @@ def _run(record, call, places):
     here, letters = heads.enter(call), call.letters["return"]
     lengths = {letter: places.sizes[letter] for letter in ("T", "S") if letter in places.sizes}
     arrays = {name: _cut(x, call.letters[name], lengths) for name, x in here.arrays.items()}
-    out = record.fn(**arrays, **here.options | _given(mask=here.mask))
+    out = split.apply(record.fn, here._replace(arrays=arrays))
     o, *state = out if isinstance(out, tuple) else (out,)
     widths = [(0, places.length("T") - lengths["T"] if a == "T" else 0) for a in letters]
     o = heads.leave(jnp.pad(o, widths), letters)
     return (o, heads.join(*state, call.letters["initial_state"].index("N"))) if state else o
-
-
-def _given(mask):
-    """The option, where there is one: a function may not know of masks."""
-    return {} if mask is None else dict(mask=mask)
 
 
 def _cut(x, letters, lengths):

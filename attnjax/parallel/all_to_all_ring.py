@@ -25,7 +25,7 @@ def _devices(places, heads):
     return math.gcd(places.size, places.here("N")) if heads is None else heads
 
 
-def _multiple(size, *, heads=None, order="contiguous"):
+def _multiple(size, call, *, heads=None, order="contiguous"):
     return travel.multiple(order, size)  # enough for every ring, whose size divides this one
 
 

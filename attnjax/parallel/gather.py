@@ -29,7 +29,7 @@ def _check(record, call, places, *, order="contiguous"):
         )
 
 
-def _multiple(size, *, order="contiguous"):
+def _multiple(size, call, *, order="contiguous"):
     return travel.multiple(order, size)
 
 

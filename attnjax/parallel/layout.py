@@ -2,7 +2,8 @@
 
 B lies over data and fsdp, T, S and X over the context axis, N and K over tensor; all other axes are
 whole in each device, and so is S beside T: of a bias (B N T S) a device has the rows of its own
-queries. Masks are split by batch (and by head, where they have one): positions stay global.
+queries. Masks are split by batch (and by head, where they have one): positions stay global. A
+strategy may say that other letters than T, S and X lie over the context axis.
 """
 
 import math
@@ -15,34 +16,38 @@ from jax.sharding import PartitionSpec as P
 from attnjax.core import masks
 from attnjax.parallel import split
 
-_SEQUENCE = ("T", "S", "X")
-
 
 class Places:
     """Where the axes of a call lie on a mesh.
 
     Attributes:
-      axis: of the mesh, over which sequences lie.
+      axis: of the mesh, over which sequences lie, or what else a strategy says.
       size: devices along it.
       sizes: of the letters, before anything is filled up.
+      heads: devices over which heads would lie, did they divide.
+      repeat: of each key head, where there are fewer than devices.
     """
 
-    def __init__(self, mesh, axis: str, call: split.Call, *, multiple: int = 1):
+    def __init__(self, mesh, axis: str, call: split.Call, *, multiple: int = 1, over=split.TOKENS):
         self.axis, self.size = axis, mesh.shape[axis]
         self.sizes = split.sizes(call.letters, call.arrays)
         self._mesh, self._multiple = mesh, math.lcm(multiple, self.size)
         batch = tuple(name for name in ("data", "fsdp") if name in mesh.shape)
-        self._axes = dict.fromkeys(_SEQUENCE, axis)
+        self._axes = {letter: axis for letter in over if letter not in split.HEADS}
         self._axes |= {"B": batch} if self._divides("B", batch) else {}
-        self.repeat = 1  # of each key head, where there are fewer than devices
-        if "tensor" in mesh.shape and self._divides("N", ("tensor",)):
-            self._axes |= self._heads(mesh.shape["tensor"])
+        heads = dict.fromkeys(("tensor", axis) if over == split.HEADS else ("tensor",))
+        heads = tuple(name for name in heads if name in mesh.shape)
+        self.heads = math.prod(mesh.shape[name] for name in heads)
+        self.repeat = 1
+        if heads and self._divides("N", heads):
+            self._axes |= dict.fromkeys(self._split_heads(), heads if heads[1:] else heads[0])
 
-    def _heads(self, devices):
-        if self.sizes.get("K", 1) > 1:
-            self.repeat = repeats(self.sizes["N"], self.sizes["K"], devices)
-            return dict.fromkeys("NK", "tensor")
-        return dict(N="tensor")
+    def _split_heads(self):
+        """The letters of heads that are split."""
+        if self.sizes.get("K", 1) == 1:
+            return ("N",)
+        self.repeat = repeats(self.sizes["N"], self.sizes["K"], self.heads)
+        return split.HEADS
 
     def _divides(self, letter, axes):
         extent = math.prod(self._mesh.shape[name] for name in axes)
@@ -55,7 +60,10 @@ class Places:
     def length(self, letter: str) -> int:
         """Entries of an axis once a call is filled up."""
         size = self.sizes[letter] * (self.repeat if letter == "K" else 1)
-        return size + (-size % self._multiple if letter in _SEQUENCE else 0)
+        return size + (-size % self._multiple if self._is_filled_up(letter) else 0)
+
+    def _is_filled_up(self, letter):
+        return letter in split.TOKENS and letter in self._axes
 
     def first(self, letter: str) -> jax.Array | int:
         """The number of the first entry of an axis that is in this device."""
@@ -88,7 +96,8 @@ class Places:
 
         def fill(name, x):
             letters = call.letters[name]
-            widths = [(0, self.length(a) - self.sizes[a] if a in _SEQUENCE else 0) for a in letters]
+            more = lambda a: self.length(a) - self.sizes[a] if self._is_filled_up(a) else 0
+            widths = [(0, more(a)) for a in letters]
             x = jnp.pad(x, widths, "edge") if any(map(sum, widths)) else x
             if self.repeat == 1 or "K" not in letters:
                 return x

@@ -18,8 +18,12 @@ from attnjax.ops import dropout
 
 _KEY = jax.random.key(0)
 _CAUSAL = masks.Causal()
+_DROPOUT = dropout.Dropout(0.3, _KEY)
 _PAGE = """\
 # Context parallelism
+
+`tensor` splits heads in the place of the sequence, and `latent` slices of a latent; all other
+strategies split the sequence, and heads over the mesh axis `tensor`.
 
 Written by `make docs` from [matrix.py](../attnjax/parallel/matrix.py); do not edit.
 
@@ -64,7 +68,8 @@ def arguments(row: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[str, A
 @functools.cache
 def tables() -> tuple[Table, ...]:
     """All tables."""
-    return _softmax(), _recurrence(), _delta_rule(), _neighborhoods(), _swin()
+    sequences = _softmax(), _heads(), _recurrence(), _delta_rule(), _blocks(), _latents()
+    return *sequences, _neighborhoods(), _swin()
 
 
 def _normal(*shape, seed=0):
@@ -101,16 +106,31 @@ def _softmax():
         "bias": _qkv() | dict(bias=_normal(1, 8, 16, 16)),
         "bias of keys": _qkv() | dict(bias=_normal(2, 1, 1, 16), mask=_CAUSAL),
         "sinks, scale and softcap": _qkv() | dict(sinks=_normal(8), scale=0.7, softcap=2.0),
-        "dropout": _qkv() | dict(dropout=dropout.Dropout(0.3, _KEY)),
+        "dropout": _qkv() | dict(dropout=_DROPOUT),
         "score_mod": _qkv() | dict(score_mod=positions.alibi(8)),
         "implementation": _qkv() | dict(implementation="blocked", mask=_CAUSAL),
     }
     strategies = ("ring", "ring(order='zigzag')", "ring(order='striped')", "ring_self_attention")
     strategies += ("gather", "gather(order='zigzag')", "all_to_all", "all_to_all_ring(heads=2)")
-    # every option of the operation, as a mechanism would have them
+    return Table("Softmax attention", _any_softmax(), (*strategies, "halo"), options)
+
+
+def _any_softmax():
+    """Every option of the operation, as a mechanism would have them."""
     record = registry.get("multi_head_attention")
-    record = dataclasses.replace(record, fn=ops.dot_product_attention)
-    return Table("Softmax attention", record, (*strategies, "halo"), options)
+    return dataclasses.replace(record, fn=ops.dot_product_attention)
+
+
+def _heads():
+    by_head = masks.Dense(jax.random.bernoulli(_KEY, 0.5, (1, 8, 16, 16)))
+    more = dict(mask=by_head, bias=_normal(1, 8, 16, 16), sinks=_normal(8), dropout=_DROPOUT)
+    rows = {
+        "fewer key heads than devices, and every option by head": _qkv()
+        | more
+        | dict(score_mod=positions.alibi(8)),
+        "heads that don't divide": _qkv(N=3, K=3),
+    }
+    return Table("Softmax attention by heads", _any_softmax(), ("tensor",), rows)
 
 
 def _linear(T=16, N=8):
@@ -145,6 +165,21 @@ def _delta_rule():
     rows = {"documents, and a length that doesn't divide": row}
     record = registry.get("delta_net")
     return Table("The delta rule", record, ("pass_state", "all_to_all"), rows)
+
+
+def _blocks():
+    padding = masks.Valid(jnp.arange(11)[None] < jnp.array([[11], [8]]))
+    row = _qkv(T=11, S=11, N=4) | dict(block=2, topk=3, mask=padding)
+    rows = {"padding, and a length that doesn't divide": row}
+    return Table("Chosen blocks of keys", registry.get("moba"), ("block_ring",), rows)
+
+
+def _latents():
+    record = registry.get("tpla")
+    latent = lambda J: dict(latent=_normal(2, 13, J, 5), up=_normal(J, 5, 4, 14) / 4)
+    example = lambda J: record.example(_KEY, 13) | latent(J) | dict(shares=jnp.full(J, 1 / J))
+    rows = {"slices that divide": example(8), "slices that don't divide": example(3)}
+    return Table("Slices of a latent", record, ("latent",), rows)
 
 
 def _neighborhoods():

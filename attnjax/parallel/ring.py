@@ -26,7 +26,8 @@ from attnjax.ops import blocked_arguments
 from attnjax.ops import dot_product_attention as ops
 from attnjax.parallel import layout, split, travel
 
-HONOURED = ("q", "k", "v", "mask", "bias", "scale", "softcap", "sinks", "dropout", "implementation")
+HONOURED = ("q", "k", "v", "mask", "bias", "scale", "softcap", "sinks", "dropout", "score_mod")
+HONOURED += ("implementation",)
 
 
 def _check(record, call, places, *, order="contiguous", gradients="float32"):
@@ -35,7 +36,7 @@ def _check(record, call, places, *, order="contiguous", gradients="float32"):
     split.only(record, call, HONOURED, by="ring")
 
 
-def _multiple(size, *, order="contiguous", gradients="float32"):
+def _multiple(size, call, *, order="contiguous", gradients="float32"):
     return travel.multiple(order, size)
 
 
@@ -63,16 +64,28 @@ def attention(
         real = masks.Prefix(S)
         mask = real if mask is None else mask & real
     options = {name: x for name, x in call.options.items() if name in HONOURED}
-    leaves, tree = jax.tree.flatten((mask, options.pop("dropout", None)))
+    score_mod = _within(options.pop("score_mod", None), places)
+    score_mod, captured, constants = blocked_arguments.open_closure(score_mod)
+    leaves, tree = jax.tree.flatten((mask, options.pop("dropout", None), constants))
     attend = functools.partial(ops.dot_product_attention, return_lse=True, **options)
     steps = travel.needed(mask, order, ring.size, q.shape[1], k.shape[1])
+    learned = (q, k, v, bias, captured)
     # gradients of arrays that are whole in some axes are summed where this casts
-    learned = blocked_arguments.varying((q, k, v, bias), like=(q, k, v, leaves))
-    o, lse = _attend(_Pieces(ring, order, attend, tree, steps, gradients), *learned, leaves)
+    learned = blocked_arguments.varying(learned, like=(learned, leaves))
+    pieces = _Pieces(ring, order, attend, score_mod, tree, steps, gradients)
+    o, lse = _attend(pieces, *learned, leaves)
     if "sinks" in call.arrays:
         with_sink = jnp.logaddexp(lse, call.arrays["sinks"].astype(jnp.float32)[None, None])
         o = o * jnp.exp(lse - with_sink)[..., None]
     return ring.restore(o.astype(v.dtype), order, 1)
+
+
+def _within(score_mod, places):
+    """score_mod that counts a token that only fills up as the last: it has no gradient anyway."""
+    T, S = (places.sizes[letter] - 1 for letter in "TS")
+    if score_mod is None or (places.length("T") == T + 1 and places.length("S") == S + 1):
+        return score_mod
+    return lambda x, b, n, t, s: score_mod(x, b, n, jnp.minimum(t, T), jnp.minimum(s, S))
 
 
 class _Pieces(NamedTuple):
@@ -80,8 +93,9 @@ class _Pieces(NamedTuple):
 
     ring: travel.Ring
     order: travel.Order
-    attend: Callable  # (q, k, v, *, mask, bias, dropout, positions) -> (o, lse)
-    tree: jax.tree_util.PyTreeDef  # of the mask and dropout
+    attend: Callable  # (q, k, v, *, mask, bias, dropout, score_mod, positions) -> (o, lse)
+    score_mod: Callable | None  # takes captured and constants before its five scalars
+    tree: jax.tree_util.PyTreeDef  # of the mask, dropout and constants
     steps: tuple[int, ...]
     gradients: str  # dtype in which they travel
 
@@ -90,11 +104,13 @@ class _Pieces(NamedTuple):
         source = (self.ring.here - i) % self.ring.size
         return travel.positions(self.order, source, self.ring.size, k.shape[1])
 
-    def piece(self, i, leaves, q, k, v, bias):
+    def piece(self, i, leaves, q, k, v, bias, captured):
         """(o, lse) of the queries here over those keys; `bias` is cut to them."""
         t = travel.positions(self.order, self.ring.here, self.ring.size, q.shape[1])
-        mask, dropout = self.tree.unflatten(leaves)
+        mask, dropout, constants = self.tree.unflatten(leaves)
         options = dict(mask=mask, bias=bias, dropout=dropout, positions=(t, self.keys(i, k)))
+        if self.score_mod is not None:
+            options["score_mod"] = functools.partial(self.score_mod, captured, constants)
         return self.attend(q, k, v, **options)
 
     def send(self, grads, by):
@@ -107,13 +123,15 @@ class _Pieces(NamedTuple):
     def tour(self, visit, carry, kv):
         """`carry = visit(i, rotations since the last visit, carry, kv)` for all steps."""
         steps = self.steps
-        if len(steps) > 2 and steps == tuple(range(len(steps))):
+        if len(steps) > 3 and steps == tuple(range(len(steps))):
 
             def step(x, i):
                 carry, kv = x
                 return (visit(i, 1, carry, kv), self.ring.rotate(kv)), None
 
-            (carry, kv), _ = lax.scan(step, (carry, kv), jnp.arange(len(steps) - 1))
+            # the first has no gradients to send yet, the last no keys to send on
+            x = visit(0, 0, carry, kv), self.ring.rotate(kv)
+            (carry, kv), _ = lax.scan(step, x, jnp.arange(1, len(steps) - 1))
             return visit(steps[-1], 1, carry, kv)
         for before, i in zip((0, *steps), steps, strict=False):  # few, or with gaps between
             kv = self.ring.rotate(kv, i - before)
@@ -122,11 +140,11 @@ class _Pieces(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(pieces, q, k, v, bias, leaves):
+def _attend(pieces, q, k, v, bias, captured, leaves):
     def visit(i, _, carry, kv):
         o, lse = carry
         cut = _columns(bias, pieces.keys(i, kv[0]))
-        part, part_lse = pieces.piece(i, leaves, q, *kv, cut)
+        part, part_lse = pieces.piece(i, leaves, q, *kv, cut, captured)
         total = jnp.logaddexp(lse, part_lse)
         keep, add = _share(lse, total), _share(part_lse, total)
         return o * keep + part * add, total
@@ -147,33 +165,35 @@ def _share(lse, total):
     return jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total))[..., None]
 
 
-def _forward(pieces, q, k, v, bias, leaves):
-    o, lse = _attend(pieces, q, k, v, bias, leaves)
-    return (o, lse), (q, k, v, bias, leaves, o, lse)
+def _forward(pieces, *args):
+    o, lse = _attend(pieces, *args)
+    return (o, lse), (*args, o, lse)
 
 
 def _backward(pieces, residuals, cotangents):
-    (q, k, v, bias, leaves, o, lse), (do, dlse) = residuals, cotangents
+    *learned, leaves, o, lse = residuals
+    (q, k, v, bias, captured), (do, dlse) = learned, cotangents
     do = do.astype(jnp.float32)
     delta = jnp.sum(do * o, -1) - dlse
 
     def visit(i, since, carry, kv):
-        dq, dbias, dkv = carry
+        dq, dbias, dcaptured, dkv = carry
         s = pieces.keys(i, kv[0])
         piece = functools.partial(pieces.piece, i, leaves)
-        (part, part_lse), pull = jax.vjp(piece, q, *kv, _columns(bias, s))
+        (part, part_lse), pull = jax.vjp(piece, q, *kv, _columns(bias, s), captured)
         share = _share(part_lse, lse)
         dpart_lse = share[..., 0] * (jnp.sum(do * part, -1) - delta)
-        *grads, dcut = pull(((share * do).astype(part.dtype), dpart_lse))
+        *grads, dcut, dmore = pull(((share * do).astype(part.dtype), dpart_lse))
         arrived = pieces.send(dkv, since)  # beside the computation: it needs nothing of it
         dq, *dkv = jax.tree.map(jnp.add, (dq, *arrived), tuple(grads))
-        return dq, _add_columns(dbias, dcut, s), tuple(dkv)
+        dcaptured = jax.tree.map(jnp.add, dcaptured, dmore)
+        return dq, _add_columns(dbias, dcut, s), dcaptured, tuple(dkv)
 
-    learned = (q, k, v, bias)
-    dq, dk, dv, dbias = jax.tree.map(lambda x: blocked_arguments.zeros(x.shape, like=x), learned)
-    dq, dbias, dkv = pieces.tour(visit, (dq, dbias, (dk, dv)), (k, v))
+    zeros = jax.tree.map(lambda x: blocked_arguments.zeros(x.shape, like=x), learned)
+    dq, *dkv, dbias, dcaptured = zeros
+    dq, dbias, dcaptured, dkv = pieces.tour(visit, (dq, dbias, dcaptured, tuple(dkv)), (k, v))
     dk, dv = pieces.send(dkv, -pieces.steps[-1])  # home
-    grads = dq, dk, dv, dbias
+    grads = [dq, dk, dv, dbias, dcaptured]
     return *jax.tree.map(lambda g, x: g.astype(x.dtype), grads, learned), None
 
 

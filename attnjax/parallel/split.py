@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from attnjax.core import masks, registry
 
 COLUMNS = "columns"  # S where it stands beside T
-_ELSEWHERE = {"score_mod": "gather"}  # what honours an option that another strategy can't
+TOKENS = ("T", "S", "X")  # letters of sequences and of the first axis of a grid
+HEADS = ("N", "K")
 
 
 class Call(NamedTuple):
@@ -29,7 +30,9 @@ class Strategy(NamedTuple):
 
     check: Callable[..., None]  # (record, call, places): raises for what it can't honour
     run: Callable[..., Any]  # (record, call, places) on one device, with its part of the arrays
-    multiple: Callable[..., int] = lambda size: size  # devices -> what must divide a length
+    # (devices, call) -> what must divide a length
+    multiple: Callable[..., int] = lambda size, call: size
+    over: tuple[str, ...] = TOKENS  # letters of what lies over the axis of the mesh
 
 
 def bind(fn: Callable, args, options) -> Call:
@@ -56,8 +59,13 @@ def only(record: registry.Mechanism, call: Call, honoured: tuple[str, ...], *, b
     defaults = {n: p.default for n, p in inspect.signature(record.fn).parameters.items()}
     for name, value in (call.options | call.arrays).items():
         if name not in honoured and (name in call.arrays or value != defaults[name]):
-            other = _ELSEWHERE.get(name, "no strategy")
-            raise NotImplementedError(f"{by} can't honour {name}, {other} can")
+            raise NotImplementedError(f"{by} can't honour {name}, no strategy can")
+
+
+def apply(fn: Callable, call: Call):
+    """The function of a call, which may not know of masks: then there is none."""
+    mask = {} if call.mask is None else dict(mask=call.mask)
+    return fn(**call.arrays, **call.options, **mask)
 
 
 def _letters(annotation):

@@ -10,7 +10,6 @@ from experiments import fitting, reproduce
 from experiments.finding import Finding
 from experiments.reproductions import icl_regression, icl_softmax_heads, rank_of_heads
 
-
 FEWER = {  # of models to compile
     "copy_state": ["--head-dims", "2"],
     "recall_by_state": ["--head-dims", "4"],

@@ -13,19 +13,33 @@ from tests.parallel import helpers
 ANY = dataclasses.replace(registry.get("multi_head_attention"), fn=ops.dot_product_attention)
 
 
-@pytest.mark.parametrize("strategy", ["gather(order='zigzag')", "all_to_all", "halo"])
-def test_what_score_mod_captures_has_its_gradient(strategy):
+@pytest.mark.parametrize(
+    ("strategy", "implementation"),
+    [
+        ("gather(order='zigzag')", "blocked"),
+        ("all_to_all", "dense"),
+        ("halo", "dense"),
+        ("ring", "blocked"),
+        ("ring(order='zigzag')", "dense"),
+        ("all_to_all_ring(heads=2)", "dense"),
+    ],
+)
+def test_what_score_mod_captures_has_its_gradient(strategy, implementation):
     q, k, v = helpers.normal((2, 8, 4, 4), (2, 8, 2, 4), (2, 8, 2, 3))
     slopes = jnp.array([0.1, -0.3, 0.5, 1.0])
-    mesh = helpers.mesh(data=2, context=2)
+    mesh = helpers.mesh(context=4) if "heads" in strategy else helpers.mesh(data=2, context=2)
+    options = dict(mask=masks.Causal(), implementation=implementation)
 
-    def with_slopes(fn):
-        mod = lambda slopes: lambda x, b, n, t, s: x * (1 + b) - slopes[n] * jnp.abs(t - s)
-        return lambda q, k, v, slopes: fn(q, k, v, score_mod=mod(slopes), mask=masks.Causal())
+    def mod(slopes):
+        far = lambda t, s: jnp.where(t - s > 2, 2.0, jnp.abs(t - s))
+        return lambda x, b, n, t, s: x * (1 + b) - jax.nn.sigmoid(slopes)[n] * far(t, s)
 
-    sharded, whole = parallel.shard(strategy, ANY, mesh), ANY.fn
-    run = lambda fn: helpers.with_gradients(with_slopes(fn))(q, k, v, slopes)
-    chex.assert_trees_all_close(run(sharded), run(whole), rtol=1e-5, atol=1e-5)
+    def run(fn):
+        of = lambda q, k, v, slopes: fn(q, k, v, score_mod=mod(slopes), **options)
+        return helpers.with_gradients(of)(q, k, v, slopes)
+
+    sharded = run(parallel.shard(strategy, ANY, mesh))
+    chex.assert_trees_all_close(sharded, run(ANY.fn), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["multi_head_latent_attention", "croc", "illama"])

@@ -44,9 +44,11 @@ def test_vision_transformer_over_a_mesh():
     chex.assert_trees_all_close(run(model.clone(parallel=shard)), run(model), rtol=1e-5, atol=1e-6)
 
 
-def test_every_strategy_that_a_record_names_exists():
-    for record in registry.of_kind(registry.Mechanism).values():
-        for strategy in record.context:
+def test_every_strategy_that_a_record_names_exists_and_is_tested():
+    """A claim has a test in tests/conformance_test.py, which runs each strategy of the record."""
+    for name, record in registry.of_kind(registry.Mechanism).items():
+        assert bool(record.context) == (registry.Claim.CONTEXT_PARALLEL in record.claims), name
+        for strategy in parallel.strategies(record):
             module = importlib.import_module(f"attnjax.parallel.{strategy}")
             assert isinstance(module.STRATEGY, split.Strategy)
 

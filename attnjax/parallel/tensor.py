@@ -1,0 +1,30 @@
+"""Heads over devices, each with all tokens: nothing is sent, and the output has all heads.
+
+Any mechanism whose heads don't know of each other is called as it is, with any mask and option.
+With every strategy heads lie over the mesh axis `tensor`; here they lie over `axis` as well, in the
+place of the sequence. The heads of queries must divide by the devices; key heads that don't are
+repeated. Source: Shoeybi et al., "Megatron-LM", arXiv:1909.08053, section 3. The projections before
+and after are split by where their parameters lie (`core.sharding`), and XLA adds the sum.
+"""
+
+from attnjax.parallel import split
+
+
+def _check(record, call, places):
+    if (N := places.sizes["N"]) % places.heads:
+        others = [name for name in record.context if name != "all_to_all"]
+        raise NotImplementedError(
+            f"tensor can't split {N=} heads over {places.heads} devices, "
+            f"{' or '.join(others) or 'no strategy'} can"
+        )
+    if call.options.get("return_lse", False):
+        raise NotImplementedError("tensor can't honour return_lse, no strategy can")
+    if call.options.get("return_state", False) and "N" not in call.letters["initial_state"]:
+        raise NotImplementedError("tensor can't honour return_state without heads")
+
+
+def _run(record, call, places):
+    return split.apply(record.fn, call)
+
+
+STRATEGY = split.Strategy(check=_check, run=_run, over=split.HEADS)

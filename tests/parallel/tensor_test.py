@@ -1,0 +1,73 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax import parallel
+from attnjax.core import masks, registry
+from attnjax.ops import dot_product_attention as ops
+from tests.parallel import helpers, traffic
+
+GQA = registry.get("gqa")
+CAUSAL = masks.Causal()
+
+
+def qkv(T=8, N=8, K=4):
+    return helpers.normal((2, T, N, 4), (2, T, K, 4), (2, T, K, 3))
+
+
+def test_heads_lie_over_both_axes():
+    axes = dict(context=2, tensor=2)
+    helpers.assert_same("tensor", GQA, qkv(N=8, K=2), axes=axes, mask=CAUSAL)
+
+
+def test_nothing_is_sent_and_each_device_has_its_heads():
+    q, k, v = qkv()
+    fn = functools.partial(parallel.shard("tensor", GQA, helpers.mesh(context=4)), mask=CAUSAL)
+    assert traffic.sent(fn, dict(q=q, k=k, v=v)) == 0
+    out = jax.jit(fn)(q, k, v)
+    assert {shard.data.shape for shard in out.addressable_shards} == {(2, 8, 2, 3)}
+
+
+@pytest.mark.parametrize("axis", ["context", "tensor"])
+def test_axis_is_where_heads_lie(axis):
+    mesh = helpers.mesh(tensor=2, context=1) if axis == "tensor" else helpers.mesh(context=2)
+    fn = parallel.shard("tensor", GQA, mesh, axis=axis)
+    out = jax.eval_shape(fn, *qkv())
+    assert out.shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "ring"])
+def test_activations_of_a_device_fall_as_devices_rise(strategy):
+    """Distributed attention by heads and by sequence: a quarter of the bytes on four devices."""
+    shape = jax.ShapeDtypeStruct((1, 512, 4, 8), jnp.float32)
+
+    def used(fn):
+        loss = lambda q, k, v: (fn(q, k, v, mask=CAUSAL, implementation="dense") ** 2).sum()
+        program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    sharded = parallel.shard(strategy, GQA, helpers.mesh(context=4))
+    assert used(sharded) < 0.3 * used(GQA.fn)
+
+
+def test_what_names_all_to_all_has_it():
+    assert "tensor" in parallel.strategies(registry.get("delta_net"))
+    assert "tensor" not in parallel.strategies(registry.get("mamba"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        (dict(N=6, K=3), {}, r"tensor can't split N=6 heads over 4 devices, ring or .* can"),
+        ({}, dict(return_lse=True), "tensor can't honour return_lse, no strategy can"),
+    ],
+    ids=str,
+)
+def test_refuses(sizes, options, message):
+    record = dataclasses.replace(GQA, fn=ops.dot_product_attention)
+    fn = parallel.shard("tensor", record, helpers.mesh(context=4))
+    with pytest.raises(NotImplementedError, match=message):
+        fn(*qkv(**sizes), **options)
