@@ -22,7 +22,7 @@ test: .venv/installed  ## run all tests; ARGS="tests/cli_test.py -k help" runs a
 test-compile: export JAX_PLATFORMS := cpu
 test-compile: export TPU_SKIP_MDS_QUERY := 1
 test-compile: export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
-test-compile: .venv-compile/installed  ## compile kernels for TPU, and steps for H100 too, here; ARGS as above
+test-compile: .venv-compile/installed  ## compile kernels and steps for TPU and H100, here; ARGS as above
 	.venv-compile/bin/python -m pytest -n 2 $(or $(ARGS),compile_tests)
 
 lint: .venv/installed  ## check style and formatting

@@ -1,4 +1,6 @@
-"""The kernels of flash_attention, compiled for every TPU at the sizes of tiles that each gets."""
+"""The kernels of flash_attention, compiled for every TPU and for H100, at the sizes each gets."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from experiments import targets
 
 LONG = 128 * 1024
 NAMES = ["flash_attention", "flash_attention_dq", "flash_attention_dkv"]
+APART = ["flash_attention", "flash_attention_dq", "flash_attention_dk", "flash_attention_dv"]
 
 
 def compile_on(target, fn, args):
@@ -28,21 +31,23 @@ def arrays(T, dtype, *, N=2, K=2, H=128, V=128, **more):
     return dict(q=token(N, H), k=token(K, H), v=token(K, V)) | more
 
 
-def attend(args):
-    """Causal; with documents and every other option if args has them."""
+def attend(args, **options):
+    """Causal; with documents and other options if args has them."""
     args = dict(args)
     q, k, v = (args.pop(name) for name in "qkv")
-    options = dict(mask=masks.Causal())
+    options = dict(mask=masks.Causal()) | options
     if "segments" in args:
         options["mask"] &= masks.Segments(args.pop("segments"))
-        options |= dict(softcap=30.0, dropout=dropout.Dropout(0.1, args.pop("key")))
+        options |= dict(softcap=30.0)
+    if "key" in args:
+        options |= dict(dropout=dropout.Dropout(0.1, args.pop("key")))
     return ops.dot_product_attention(q, k, v, return_lse=True, **args, **options)
 
 
-def gradients(args):
+def gradients(args, **options):
     """By cotangents of output and lse both."""
     inexact = {name: x for name, x in args.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    out, vjp = jax.vjp(lambda inexact: attend(args | inexact), inexact)
+    out, vjp = jax.vjp(lambda inexact: attend(args | inexact, **options), inexact)
     return vjp(jax.tree.map(jnp.ones_like, out))
 
 
@@ -68,3 +73,41 @@ def test_every_option(target, dtype):
     args = arrays(T, dtype, N=N, H=192, **more)
     found, _ = compile_on(target, gradients, args)
     assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dbias"])
+
+
+by_kernel = functools.partial(gradients, implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "names"),
+    [(4096, 64, NAMES), (LONG, 128, NAMES), (LONG, 256, APART)],
+)
+def test_h100(T, H, names):
+    """Mosaic itself refuses what needs more shared memory than there is."""
+    compiled = targets.compile_for("h100:1", by_kernel, arrays(T, "bfloat16", K=1, H=H, V=H))
+    assert sorted(x.name for x in calls.kernels(compiled)) == sorted(names)
+    memory = compiled.memory_analysis()
+    lists = 2 * 4 * (T // 128) ** 2  # of tiles, for rows and for columns
+    assert memory.temp_size_in_bytes < 3 * memory.argument_size_in_bytes + lists  # no T S anywhere
+
+
+def test_h100_every_option_and_mask():
+    T, N = 250, 4
+    mask = masks.Neighborhood((25, 10), (7, 7), stride=(2, 1)) | masks.Window(5, None)
+    mask &= masks.Dense(jnp.ones((1, N, T, T), bool)) | masks.Prefix(9)
+    more = dict(sinks=jax.ShapeDtypeStruct((N,), "float32"))
+    more |= dict(segments=jax.ShapeDtypeStruct((1, T), "int32"))
+    fn = functools.partial(by_kernel, mask=mask)
+    args = arrays(T, "float16", N=N, H=192, V=96, **more)
+    found = calls.kernels(targets.compile_for("h100:1", fn, args))
+    assert sorted(x.name for x in found) == sorted(APART)
+
+
+def test_h100_within_a_mesh():
+    mesh = jax.sharding.Mesh(np.array(targets.devices("h100:2")), ("x",))
+    heads = jax.P(None, None, "x")
+    fn = jax.shard_map(by_kernel, mesh=mesh, in_specs=heads, out_specs=heads)
+    place = jax.sharding.NamedSharding(mesh, heads)
+    args = jax.tree.map(lambda x: x.update(sharding=place), arrays(4096, "bfloat16"))
+    found = calls.kernels(targets.compile_for("h100:2", fn, args))
+    assert sorted(x.name for x in found) == sorted(NAMES)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnjax.core.masks import Mask
-from attnjax.ops import flash_attention, flash_mask
+from attnjax.ops import flash_attention, flash_attention_gpu, flash_mask, lowered_for
 from attnjax.ops.blocked_attention import blocked_attention
 from attnjax.ops.dense_attention import dense_attention
 from attnjax.ops.dropout import Dropout
@@ -64,12 +64,15 @@ def dot_product_attention(
       return_lse: also return lse in float32.
       implementation: "dense" holds the matrix (and alone has forward-mode derivatives), "blocked"
         is exact with O(T) memory and skips tiles that the mask empties; so is "pallas", a kernel
-        for TPU, and "interpret" runs that kernel on any platform, slowly. None chooses by size,
-        and above the sizes of "dense" the kernel where the call is lowered for TPU and runs whole
-        on each device: there is but one, or it is within a shard_map over all axes of its mesh.
+        for TPU or for Hopper GPUs, and "interpret" runs that for TPU on any platform, slowly. None
+        chooses by size, and above the sizes of "dense" the kernel where the call is lowered for TPU
+        and runs whole on each device: there is but one, or it is within a shard_map over all axes
+        of its mesh. On GPU it is "blocked" until someone has measured that the kernel is faster.
 
     Returns the output in v's dtype. Raises ValueError for shapes that don't fit, and
-    NotImplementedError for what the kernel can't honour: score_mod, and masks with too many tiles.
+    NotImplementedError for what the kernel can't honour, where it is lowered for its platform:
+    score_mod and masks with too many tiles; on GPU bias, dropout, other dtypes than bfloat16 and
+    float16, and heads of more than 256 too.
     """
     _check(q, k, v, implementation, positions, q_offset)
     T, S = q.shape[1], k.shape[1]
@@ -81,7 +84,7 @@ def dot_product_attention(
         None: _by_platform,
         "dense": dense_attention,
         "blocked": blocked_attention,
-        "pallas": flash_attention.flash_attention,
+        "pallas": _by_kernel,
         "interpret": functools.partial(flash_attention.flash_attention, interpret=True),
     }[implementation]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -103,6 +106,22 @@ def _by_platform(q, k, v, t, s, **options):
         tpu=lambda: flash_attention.flash_attention(q, k, v, t, s, plan=plan, **options),
         default=lambda: blocked_attention(q, k, v, t, s, **options),
     )
+
+
+def _by_kernel(q, k, v, t, s, **options):
+    """The kernel for what it is lowered for."""
+    dropout = options["dropout"]
+    learned = q, k, v, options["bias"], options["sinks"]
+    given = t, s, options["mask"], dropout and dropout.seed
+    kernels = dict(
+        tpu=lambda: flash_attention.flash_attention(q, k, v, t, s, **options),
+        cuda=lambda: flash_attention_gpu.flash_attention_gpu(q, k, v, t, s, **options),
+    )
+    lse = jax.ShapeDtypeStruct(q.shape[:3], "float32")
+    out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype), lse
+    otherwise = "there is a kernel for TPU and for Hopper GPUs; implementation='interpret' runs "
+    otherwise += "the first on any platform, and 'blocked' needs none"
+    return lowered_for.one_of(kernels, learned, given, out, otherwise=otherwise)
 
 
 def _check(q, k, v, implementation, positions, q_offset):

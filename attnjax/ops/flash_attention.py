@@ -74,8 +74,24 @@ def plan_of(q, k, v, t, s, mask, bias) -> Plan:
     if blocks := list(_blocks(mask)):  # tiles within blocks need no mask, and can be skipped
         sizes = [_within(blocks, sizes[0])]
     cost = lambda plan: (plan.states != kernels.EMPTY).sum() * (math.prod(plan.sizes[:2]) + _STEP)
-    plans = [Plan(_states(mask, t, s, size), size) for size in (sizes if known else sizes[:1])]
+    plans = [
+        Plan(states_of(mask, t, s, size[:2]), size) for size in (sizes if known else sizes[:1])
+    ]
     return min(plans, key=cost) if known else plans[0]
+
+
+def states_of(mask, t, s, blocks: tuple[int, int]) -> jax.Array | np.ndarray:
+    """EMPTY, PARTIAL or FULL for tiles (#B #N tq tk) of `blocks` queries and keys."""
+    rows, columns = (masks.tile_positions(x, n) for x, n in zip((t, s), blocks, strict=True))
+    if mask is None:
+        states = np.full((1, 1, len(rows), len(columns)), masks.FULL)
+    else:
+        states = mask.tiles(rows, columns)
+    if len(s) % blocks[1]:  # the last column has keys that don't exist
+        most = np.where(np.arange(len(columns)) < len(columns) - 1, masks.FULL, masks.PARTIAL)
+        module = np if isinstance(states, np.ndarray) else jnp
+        states = module.minimum(states, most[None, None, None])
+    return states
 
 
 def _within(blocks, sizes):
@@ -95,17 +111,3 @@ def _blocks(mask):
         yield mask.block_q, mask.block_k
     for part in getattr(mask, "parts", ()):
         yield from _blocks(part)
-
-
-def _states(mask, t, s, sizes):
-    """EMPTY, PARTIAL or FULL for tiles (#B #N tq tk)."""
-    rows, columns = (masks.tile_positions(x, n) for x, n in ((t, sizes[0]), (s, sizes[1])))
-    if mask is None:
-        states = np.full((1, 1, len(rows), len(columns)), masks.FULL)
-    else:
-        states = mask.tiles(rows, columns)
-    if len(s) % sizes.block_k:  # the last column has keys that don't exist
-        most = np.where(np.arange(len(columns)) < len(columns) - 1, masks.FULL, masks.PARTIAL)
-        module = np if isinstance(states, np.ndarray) else jnp
-        states = module.minimum(states, most[None, None, None])
-    return states

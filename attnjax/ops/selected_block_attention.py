@@ -8,18 +8,27 @@ that of A + 1 blocks a query, and memory is linear in T and S. A single query re
 Source: Lu et al., "MoBA", arXiv:2502.13189, section 2.3. Unlike there: shapes don't depend on the
 selection, and the block that a query lies in is treated as any other.
 
-Letters: A blocks selected by a query, C keys of a block, L blocks, M tiles, X queries of a tile.
+On TPU a kernel does the same (`pallas_kernels.block_sparse`), and where queries that follow one
+another share a selection, they are a tile of it as they come.
+
+Letters: A blocks selected by a query, C keys of a block, L blocks, M tiles, X queries of a tile,
+I runs of queries that share a selection.
 """
 
 import functools
-from typing import NamedTuple
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from attnjax.core import masks
-from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import blocked_arguments, flash_mask, selected_block_loop
+from attnjax.ops.selected_block_loop import cut  # noqa: F401
+from pallas_kernels import block_sparse as kernels
+from pallas_kernels import placing
+
+Implementation = kernels.Implementation
 
 _KINDS = masks.Causal, masks.Window, masks.Prefix, masks.Segments, masks.Valid
 
@@ -28,83 +37,65 @@ def selected_block_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
-    selected: Int[Array, "B T N A"],
+    selected: Int[Array, "B I N A"],
     *,
     block: int,
+    query_block: int = 1,
     mask: masks.Mask | None = None,
     q_offset: int | Int[Array, ""] = 0,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
     """Attention of each query to the keys of its blocks, with scale 1/sqrt(H).
 
     Args:
       selected: numbers of blocks, no two of a query the same; block i holds the keys i * block to
         (i + 1) * block - 1. Has no gradient.
+      query_block: queries that share what they select, I = ceil(T / query_block).
       mask: what a query may see beside; honours Causal, Window, Prefix, Segments and Valid, and is
         a NotImplementedError for others.
       q_offset: position of the first query; keys begin at 0.
+      implementation: "xla" (which alone has forward-mode derivatives), "pallas" (TPU), or
+        "interpret", which runs the kernel on any platform, slowly. None is the kernel where the
+        call is lowered for TPU, runs whole on each device (`pallas_kernels.placing`) and scalar
+        memory has room for the pairs of a tile and a block; XLA elsewhere.
 
-    A query that sees nothing gives zeros. Returns v's dtype.
+    A query that sees nothing gives zeros. Returns v's dtype. Raises ValueError for arguments that
+    don't fit, NotImplementedError for more pairs than the kernel that is asked for has room for.
     """
     masks.select(mask, *_KINDS, by="selected_block_attention")
-    exists = masks.Prefix(k.shape[1])  # the last block is padded
-    mask = exists if mask is None else mask & exists
-    k, v = cut(k, block), cut(v, block)
-    lay = functools.partial(_lay, L=k.shape[1], X=min(q.shape[1], block))
-    tiles = jax.vmap(jax.vmap(lay, 1))(selected)
-    o, lse = _attend(q, k, v, tiles, mask, q_offset + jnp.arange(q.shape[1]))
-    share = jax.nn.softmax(jnp.maximum(lse, -1e30), -1)  # -inf, where nothing is seen, gives NaN
-    return jnp.einsum("BNTA,BNTAV->BTNV", share, o).astype(v.dtype)
+    _check(q, selected, query_block, implementation)
+    sizes = dict(block=min(block, k.shape[1]), query_block=query_block)
+    by_xla, by_kernel = (functools.partial(x, mask=mask, **sizes) for x in (_by_xla, _by_kernel))
+    args = q, k, v, selected, q_offset + jnp.arange(q.shape[1])
+    match implementation:
+        case None if placing.whole() and kernels.plan_of(*args[:4], **sizes).fits:
+            return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
+        case None | "xla":
+            return by_xla(*args)
+        case _:
+            return by_kernel(*args, interpret=implementation == "interpret")
 
 
-def cut(x: Shaped[Array, "B S *X"], block: int) -> Shaped[Array, "B L C *X"]:
-    """The blocks of x, the last one filled up by zeros."""
-    B, S, *rest = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -S % block), *[(0, 0)] * len(rest)))
-    return x.reshape(B, -1, block, *rest)
+def _check(q, selected, query_block, implementation):
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    if query_block < 1:
+        raise ValueError(f"{query_block=} must be at least 1")
+    runs = -(-q.shape[1] // query_block)
+    if selected.shape[1] != runs:
+        raise ValueError(f"selected {selected.shape} must be of {runs} runs of {query_block=}")
 
 
-class _Tiles(NamedTuple):
-    """Slots for pairs of a query and a block. Slots that no pair fills hold query 0."""
-
-    query: Int[Array, "*B M X"]
-    block: Int[Array, "*B M"]
-    slot: Int[Array, "*B T A"]  # of each pair, in M * X
-
-
-def _lay(selected, *, L, X):
-    """The tiles of one head, of selected blocks (T A)."""
-    T, A = selected.shape
-    blocks, pairs = selected.reshape(-1), jnp.arange(T * A)
-    M = min(T * A, (T * A + L * (X - 1)) // X)  # the most that any selection needs
-    count = jnp.bincount(blocks, length=L)
-    gaps = -count % X  # each block begins a new tile
-    order = jnp.argsort(blocks)
-    shift = (jnp.cumsum(gaps) - gaps)[blocks[order]]
-    slot = jnp.zeros_like(pairs).at[order].set(pairs + shift)
-    query = jnp.zeros_like(pairs, shape=M * X).at[slot].set(pairs // A)
-    block = jnp.searchsorted(jnp.cumsum(count + gaps), X * jnp.arange(M), side="right")
-    return _Tiles(query.reshape(M, X), jnp.minimum(block, L - 1), slot.reshape(T, A))
+def _by_kernel(q, k, v, selected, t, *, mask, interpret=False, **sizes):
+    dtype = jnp.result_type(q, k)
+    visible, arrays = flash_mask.translate(mask, t, jnp.arange(k.shape[1]), (1, 1))
+    args = q.astype(dtype), k.astype(dtype), v, selected, t, kernels.Mask(None, arrays)
+    # gradients of arrays that are whole in some axes of a mesh are summed where this casts
+    *args, mask = blocked_arguments.varying(args, like=args)
+    mask = mask._replace(visible=visible)
+    return kernels.block_sparse_attention(*args, mask, interpret=interpret, **sizes)
 
 
-def _attend(q, k, v, tiles, mask, t):
-    """Each query's pieces (B N T A V) and their lse (B N T A), k and v being cut into blocks."""
-    (B, _, N, _), C = q.shape, k.shape[2]
-    b, n = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
-    keys = b, tiles.block, slice(None), n // (N // k.shape[3])
-    b, n = b[..., None], n[..., None]
-    leaves, tree = jax.tree.flatten(mask)  # each (B or 1, length)
-    leaves = [jnp.broadcast_to(x, (B, *x.shape[1:])) for x in leaves]
-
-    def head(t, q, k, v, block, leaves):
-        mask = tree.unflatten([x[None] for x in leaves])
-        q, k, v = (x[None, :, None] for x in (q, k, v.astype(jnp.float32)))
-        at = t, block * C + jnp.arange(C)
-        o, lse = ops.dot_product_attention(q, k, v, mask=mask, positions=at, return_lse=True)
-        return o[0, :, 0], lse[0, :, 0]
-
-    heads = jax.vmap(jax.vmap(head, (0, 0, 0, 0, 0, None)))
-    tile = jax.checkpoint(lambda x: heads(*x, leaves))  # scores are computed again, not kept
-    x = t[tiles.query], q[b, tiles.query, n], k[keys], v[keys], tiles.block
-    pieces = jax.lax.map(tile, [jnp.moveaxis(x, 2, 0) for x in x])
-    pieces = (jnp.moveaxis(x, 0, 2).reshape(B, N, -1, *x.shape[4:]) for x in pieces)
-    return [x[b, n, tiles.slot] for x in pieces]
+def _by_xla(q, k, v, selected, t, *, mask, block, query_block):
+    selected = jnp.repeat(selected, query_block, 1)[:, : len(t)]
+    return selected_block_loop.selected_block_loop(q, k, v, selected, t, mask=mask, block=block)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax import parallel
 from attnjax.core import masks, positions, registry, sharding
@@ -73,7 +74,8 @@ def tables() -> tuple[Table, ...]:
 
 
 def _normal(*shape, seed=0):
-    return jax.random.normal(jax.random.fold_in(_KEY, seed), shape)
+    # by numpy, as JAX would compile this for each shape
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def _alike(*shape):

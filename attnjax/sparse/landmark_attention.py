@@ -44,6 +44,7 @@ def landmark_attention(
     block: int = 64,
     topk: int | None = 4,
     q_offset: int | Int[Array, ""] = 0,
+    implementation: blocks.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
     """Always causal; sum_s w_ts v_s in v's dtype.
 
@@ -52,6 +53,7 @@ def landmark_attention(
       block: C, with the landmark.
       topk: earlier blocks that a query and head reads; None is all.
       q_offset: position of the first query; keys begin at 0.
+      implementation: of the attention to earlier blocks, as in `ops.selected_block_attention`.
 
     Raises ValueError for a block below 2 and a topk below 1.
     """
@@ -71,7 +73,7 @@ def landmark_attention(
     x = jnp.concatenate([lse[..., None], gate], -1)
     share = jax.nn.softmax(jnp.maximum(x, -1e30), -1)  # all may be -inf, which gives NaN
     share = jnp.where(x > -jnp.inf, share, 0)
-    pieces = _blocks(q, k, v, words, chosen, block)
+    pieces = _blocks(q, k, v, words, chosen, block=block, implementation=implementation)
     o = share[..., :1] * o + jnp.einsum("BTNA,BTANV->BTNV", share[..., 1:], pieces)
     return o.astype(v.dtype)
 
@@ -106,13 +108,13 @@ def _scores(q, marks, usable, at, chosen):
     return jnp.where(usable[b, chosen] & (chosen < at[None, :, None, None]), x, -jnp.inf)
 
 
-def _blocks(q, k, v, words, chosen, block):
+def _blocks(q, k, v, words, chosen, **options):
     """Attention (B T A N V) of each query to the `words` of each of its blocks by itself."""
     B, T, N, A = chosen.shape
     each = chosen.swapaxes(2, 3).reshape(B, T * A, N, 1)
     q, v = jnp.repeat(q, A, 1), v.astype(jnp.float32)
-    attend = functools.partial(blocks.selected_block_attention, block=block)
-    return attend(q, k, v, each, mask=masks.Valid(words)).reshape(B, T, A, N, -1)
+    o = blocks.selected_block_attention(q, k, v, each, mask=masks.Valid(words), **options)
+    return o.reshape(B, T, A, N, -1)
 
 
 class LandmarkAttention(attention.KeyValueAttention):
@@ -177,6 +179,9 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.FUSED,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

@@ -38,6 +38,7 @@ def moba(
     topk: int = 3,
     means: Float[Array, "B L K H"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
+    implementation: blocks.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
     """Always causal; the current block is one of the topk.
 
@@ -46,6 +47,7 @@ def moba(
       means: those of the keys of each finished block, where they are known already: then a single
         query reads no other keys than it attends to.
       q_offset: position of the first query; keys begin at 0.
+      implementation: of the attention, as in `ops.selected_block_attention`.
 
     Raises ValueError for a block or topk below 1.
     """
@@ -59,9 +61,8 @@ def moba(
     at = (q_offset + jnp.arange(q.shape[1])) // block
     selected = _select(*jax.lax.stop_gradient((q, means)), filled, at, topk, chunk=block)
     mask = masks.Causal() if mask is None else mask & masks.Causal()
-    return blocks.selected_block_attention(
-        q, k, v, selected, block=block, mask=mask, q_offset=q_offset
-    )
+    options = dict(mask=mask, q_offset=q_offset, implementation=implementation)
+    return blocks.selected_block_attention(q, k, v, selected, block=block, **options)
 
 
 def _seen(mask, k):
@@ -186,6 +187,9 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.FUSED,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("block_ring", "gather"),
 )

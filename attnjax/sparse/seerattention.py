@@ -54,6 +54,7 @@ def seerattention(
     query_block: int = 1,
     distill: float = 0.0,
     q_offset: int | Int[Array, ""] = 0,
+    implementation: blocks.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
     """o in v's dtype; always causal.
 
@@ -65,6 +66,7 @@ def seerattention(
       query_block: queries that share a choice.
       distill: weight of `distillation_loss`, which is added to any gradient; 0 is none.
       q_offset: position of the first query, a multiple of query_block; keys begin at 0.
+      implementation: of the attention, as in `ops.selected_block_attention`.
 
     Raises ValueError for a block or topk below 1, a query_block that doesn't divide block, and
     gates of another number of blocks.
@@ -75,12 +77,12 @@ def seerattention(
     filled = block_selection.by_block(_seen(mask, k), block).any(2)
     at = (q_offset + query_block * jnp.arange(gate_q.shape[1])) // block
     chosen = best_blocks.best_blocks(gate_q, gate_k, filled, at, count=topk, own=True)
-    chosen = jnp.repeat(chosen, query_block, 1)[:, : q.shape[1]]
     seen = masks.Causal() if mask is None else mask & masks.Causal()
-    o = blocks.selected_block_attention(q, k, v, chosen, block=block, mask=seen, q_offset=q_offset)
+    sizes = dict(block=block, query_block=query_block)
+    options = dict(mask=seen, q_offset=q_offset, implementation=implementation)
+    o = blocks.selected_block_attention(q, k, v, chosen, **sizes, **options)
     if not distill:
         return o
-    sizes = dict(block=block, query_block=query_block)
     loss = distillation_loss(q, k, gate_q, gate_k, mask=mask, q_offset=q_offset, **sizes)
     return auxiliary_loss.attach(o, distill * loss)
 
@@ -293,6 +295,7 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.FUSED,
         }
     ),
 )

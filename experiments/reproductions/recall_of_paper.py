@@ -1,7 +1,7 @@
 """Softmax attention recalls in the first cell of the Zoology paper; linear attention doesn't.
 
 Command: attnjax reproduce recall_of_paper
-Minutes: 19 on one core that had other work too.
+Minutes: 16 on one core that had other work too.
 Paper: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models",
 arXiv:2312.04927, section 4 and figure 2: 64 tokens, 4 pairs, a vocabulary of 8192, width 64.
 

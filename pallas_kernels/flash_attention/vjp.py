@@ -40,12 +40,29 @@ class Static(NamedTuple):
     interpret: object
 
 
+def states(static: Static, given: Given) -> jax.Array | np.ndarray:
+    """The states of tiles."""
+    return given.states if static.states is None else static.states
+
+
+def of_output(o, lse, do, dlse) -> tuple[jax.Array, jax.Array]:
+    """(lse, delta), with which a query that sees nothing has gradients of 0."""
+    empty = lse == -jnp.inf  # its weights and gradients must be 0, not NaN
+    delta = jnp.where(empty, 0.0, jnp.sum(do.astype(jnp.float32) * o, -1) - dlse)
+    return jnp.where(empty, jnp.inf, lse), delta
+
+
+def of_sinks(sinks, lse, delta) -> jax.Array:
+    """The gradient of sinks, by what `of_output` gives."""
+    share = jnp.exp(sinks.astype(jnp.float32)[None, None] - lse)
+    return -jnp.sum(share * delta, (0, 1)).astype(sinks.dtype)
+
+
 def _call(kernel, static, tiles, given):
-    states = given.states if static.states is None else static.states
-    return kernel(static.options, tiles, states, interpret=static.interpret)
+    return kernel(static.options, tiles, states(static, given), interpret=static.interpret)
 
 
-def _tiles(static, learned, given, **of_output):
+def _tiles(static, learned, given, **more):
     """Everything cut into tiles."""
     (bq, bk), bias, sinks = static.options.blocks, learned.bias, learned.sinks
     lay = lambda x: sheets.lay(x, bq, bk)
@@ -61,7 +78,7 @@ def _tiles(static, learned, given, **of_output):
         bias=None if bias is None else lay(bias),
         sinks=None if sinks is None else sinks.astype(jnp.float32),
         seed=given.seed,
-        **of_output,
+        **more,
     )
 
 
@@ -85,21 +102,17 @@ def _forward(static, learned, given):
 def _backward(static, residuals, cotangents):
     (learned, given, o, lse), (do, dlse) = residuals, cotangents
     (T, S), (bq, _) = (x.shape[1] for x in learned[:2]), static.options.blocks
-    empty = lse == -jnp.inf  # sees nothing: its weights and gradients must be 0, not NaN
-    lse = jnp.where(empty, jnp.inf, lse)
-    delta = jnp.where(empty, 0.0, jnp.sum(do.astype(jnp.float32) * o, -1) - dlse)
-    of_output = dict(lse=sheets.by_query(lse, bq, jnp.inf), delta=sheets.by_query(delta, bq, 0.0))
-    tiles = _tiles(static, learned, given, do=_heads_first(do, bq), **of_output)
+    lse, delta = of_output(o, lse, do, dlse)
+    by_query = dict(lse=sheets.by_query(lse, bq, jnp.inf), delta=sheets.by_query(delta, bq, 0.0))
+    tiles = _tiles(static, learned, given, do=_heads_first(do, bq), **by_query)
     dq = _call(backward.queries, static, tiles, given)
     dk, dv = _call(backward.keys_and_values, static, tiles, given)
     dq, dk, dv = (x.swapaxes(1, 2)[:, :n] for x, n in ((dq, T), (dk, S), (dv, S)))
-    dbias = dsinks = None
+    dbias = None
     if learned.bias is not None:
         dbias = _call(backward.biases, static, tiles, given)
         dbias = sheets.unlay(dbias, tiles.bias.wide, T, S).astype(learned.bias.dtype)
-    if learned.sinks is not None:
-        share = jnp.exp(learned.sinks.astype(jnp.float32)[None, None] - lse)
-        dsinks = -jnp.sum(share * delta, (0, 1)).astype(learned.sinks.dtype)
+    dsinks = None if learned.sinks is None else of_sinks(learned.sinks, lse, delta)
     return Learned(dq, dk, dv, dbias, dsinks), None
 
 

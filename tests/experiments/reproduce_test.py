@@ -12,7 +12,6 @@ from experiments.reproductions import icl_regression, icl_softmax_heads, rank_of
 
 FEWER = {  # of models to compile
     "copy_state": ["--head-dims", "2"],
-    "recall_by_state": ["--head-dims", "4"],
     "recall_of_paper": ["--vocab-size", "64"],
 }
 

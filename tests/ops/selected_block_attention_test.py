@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import chex
 import jax
@@ -6,58 +7,147 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.core import masks
+from attnjax.core import masks, sharding
 from attnjax.ops import dot_product_attention as ops
 from attnjax.ops.selected_block_attention import selected_block_attention
+from pallas_kernels import block_sparse as kernels
+from pallas_kernels import placing
+from pallas_kernels.block_sparse import walk
 from tests import cost
 
 KEY = jax.random.key(0)
 B, N, K, H, V = 2, 4, 2, 8, 6
 
 
-def example(T, S, A, block, *, same=False):
-    """Arguments with random blocks for each query, or the same block for all."""
-    keys = jax.random.split(KEY, 4)
+def example(T, S, A, block, *, same=False, query_block=1):
+    """Arguments with random blocks for each run of queries, or the same block for all."""
+    keys, I = jax.random.split(KEY, 4), -(-T // query_block)
     draw = lambda key, *shape: jax.random.normal(key, (B, *shape))
-    score = jax.random.uniform(keys[3], (B, 1 if same else T, 1 if same else N, -(-S // block)))
-    selected = jnp.broadcast_to(jax.lax.top_k(score, A)[1], (B, T, N, A))
+    score = jax.random.uniform(keys[3], (B, 1 if same else I, 1 if same else N, -(-S // block)))
+    selected = jnp.broadcast_to(jax.lax.top_k(score, A)[1], (B, I, N, A))
     q, k, v = draw(keys[0], T, N, H), draw(keys[1], S, K, H), draw(keys[2], S, K, V)
     return q, k, v, selected
 
 
-def dense(q, k, v, selected, *, block, mask=None, q_offset=0):
+def dense(q, k, v, selected, *, block, query_block=1, mask=None, q_offset=0):
     """Full attention under the selection written out as a mask."""
     T, S = q.shape[1], k.shape[1]
+    selected = selected[:, jnp.arange(T) // query_block]
     of_key = jnp.arange(S)[None, None, None, :, None] // block
     seen = (selected[:, :, :, None, :] == of_key).any(-1).swapaxes(1, 2)
     seen = seen & masks.dense(mask, T, S, q_offset=q_offset)
     return ops.dot_product_attention(q, k, v, mask=masks.Dense(seen), implementation="dense")
 
 
-def assert_same(args, **options):
-    def both(fn):
-        out, pull = jax.vjp(lambda *x: fn(*x, args[3], **options), *args[:3])
-        return out, pull(jnp.cos(out))
+def with_gradients(fn, args, **options):
+    out, pull = jax.vjp(lambda *x: fn(*x, args[3], **options), *args[:3])
+    return out, pull(jnp.cos(out))
 
-    actual, expected = jax.jit(lambda: (both(selected_block_attention), both(dense)))()
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+def assert_same(args, *, by=("xla", "interpret"), **options):
+    """By each implementation as by the dense form; returns (output, gradients)."""
+    fns = [functools.partial(selected_block_attention, implementation=x) for x in by]
+    run = functools.partial(with_gradients, args=args, **options)
+    *actual, expected = jax.jit(lambda: [run(fn) for fn in (*fns, dense)])()
+    for each in actual:
+        chex.assert_trees_all_close(each, expected, rtol=1e-5, atol=1e-5)
+    return expected
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Of the kernel: several tiles at tiny lengths, and a call for each example and key head."""
+    monkeypatch.setattr(kernels, "_LEAST", 2)
+    monkeypatch.setattr(kernels, "_most", lambda q, v: 4)
+    monkeypatch.setattr(walk, "MOST_PAIRS", 64)
 
 
 @pytest.mark.parametrize(
-    "T, S, A, block, same",
-    [(13, 13, 2, 4, False), (13, 13, 2, 4, True), (5, 23, 3, 4, False), (1, 9, 2, 3, False)],
+    "T, S, A, block, same, by",
+    [
+        (13, 13, 2, 4, False, ("xla",)),
+        (13, 13, 2, 4, True, ("xla",)),
+        (5, 23, 3, 4, False, ("xla", "interpret")),
+        (1, 9, 2, 3, False, ("xla", "interpret")),
+    ],
     ids=["own blocks", "one block for all", "more keys than queries", "one query"],
 )
-def test_equals_dense_attention_under_the_selection(T, S, A, block, same):
-    assert_same(example(T, S, A, block, same=same), block=block)
+def test_equals_dense_attention_under_the_selection(T, S, A, block, same, by):
+    assert_same(example(T, S, A, block, same=same), block=block, by=by)
 
 
-def test_honours_masks_from_an_offset():
-    T, S = 7, 17
+def packed(T, S):
+    """What hides keys by position, by key and by document, and from a query all of them."""
     valid = jnp.arange(S)[None] % 5 != jnp.array([2, 3])[:, None]
     ids = jnp.arange(S)[None] // jnp.array([6, 20])[:, None]
-    mask = masks.Causal() & masks.Valid(valid) & masks.Segments(ids)
-    assert_same(example(T, S, 3, 4), block=4, mask=mask, q_offset=S - T)
+    alone = jnp.where(jnp.arange(S) == S - 2, 99, ids)
+    return masks.Causal() & masks.Valid(valid) & masks.Segments(alone, ids)
+
+
+def test_honours_masks_from_an_offset(small_tiles):
+    """With blocks of two tiles of keys, and a query that sees nothing."""
+    T, S = 7, 17
+    o, (dq, _, _) = assert_same(example(T, S, 3, 6), block=6, mask=packed(T, S), q_offset=S - T)
+    assert not o[:, T - 2].any() and not dq[:, T - 2].any() and o[:, T - 1].any()
+
+
+def test_runs_of_queries_share_a_selection(small_tiles):
+    """Each of two tiles of queries, the last one of a part of one."""
+    args = example(20, 20, 2, 5, query_block=6)
+    assert_same(args, block=5, query_block=6, mask=packed(20, 20))
+
+
+def test_large_logits_do_not_overflow():
+    """They are about 1000, which float32 rounds by as much as 6e-5."""
+    q, *rest = example(9, 9, 2, 3)
+    args = 300 * q, *rest
+    run = functools.partial(selected_block_attention, implementation="interpret")
+    both = jax.jit(lambda: [with_gradients(fn, args, block=3) for fn in (run, dense)])
+    (actual, grads), (expected, _) = both()
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert all(jnp.isfinite(x).all() for x in grads)
+
+
+def test_bfloat16_errs_as_dense_attention_does():
+    args = example(33, 33, 2, 8)
+    rounded = [x.astype(jnp.bfloat16) for x in args[:3]] + [args[3]]
+    raised = [x.astype(jnp.float32) for x in rounded[:3]] + [args[3]]
+
+    @jax.jit
+    def every():
+        run = functools.partial(selected_block_attention, implementation="interpret")
+        pairs = (dense, raised), (dense, rounded), (run, rounded)
+        return [with_gradients(fn, args, block=8) for fn, args in pairs]
+
+    for exact, naive, fast in zip(*map(jax.tree.leaves, every()), strict=True):
+        assert fast.dtype == jnp.bfloat16
+        error = lambda x, exact=exact: jnp.sqrt(jnp.mean((x.astype(jnp.float32) - exact) ** 2))
+        assert error(fast) <= 2 * error(naive) + 2**-9 * jnp.sqrt(jnp.mean(exact**2))
+
+
+@pytest.mark.parametrize(("T", "query_block"), [(256, 1), (256, 128)])
+def test_default_is_the_kernel_on_tpu(monkeypatch, T, query_block):
+    monkeypatch.setattr(placing, "whole", lambda: True)
+    args = jax.eval_shape(lambda: example(T, T, 2, 64, query_block=query_block))
+    options = dict(block=64, query_block=query_block, mask=masks.Causal())
+    run = jax.jit(lambda *x: with_gradients(selected_block_attention, x, **options))
+    export = lambda platform: jax.export.export(run, platforms=[platform])(*args).mlir_module()
+    assert export("tpu").count("tpu_custom_call") == 3
+    assert "custom_call" not in export("cpu")
+
+
+def test_heads_over_devices_lower_for_tpu():
+    """They can't be run here: the interpreter mixes arrays that vary over a mesh with others."""
+    mesh, P = sharding.make_mesh(fsdp=2, tensor=2), jax.P
+    args, heads = example(16, 16, 2, 4), P("fsdp", None, "tensor")
+    mask = masks.Causal() & masks.Segments(jnp.arange(16)[None] // 6)
+    options = dict(block=4, mask=mask, implementation="pallas")
+    fn = lambda *x: selected_block_attention(*x, **options)
+    split = jax.shard_map(fn, mesh=mesh, in_specs=(heads,) * 4, out_specs=heads)
+    run = jax.jit(lambda *x: with_gradients(split, x))
+    lowered = run.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    for kernel in ("block_sparse", "block_sparse_dq", "block_sparse_dkv"):
+        assert f'kernel_name = "{kernel}"' in lowered
 
 
 def test_refuses_masks_by_head():
@@ -67,13 +157,29 @@ def test_refuses_masks_by_head():
         )
 
 
-def test_a_block_that_nobody_selects_is_not_read():
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_a_block_that_nobody_selects_is_not_read(implementation):
     q, k, v, _ = example(1, 40, 3, 4)
     selected = jnp.broadcast_to(jnp.array([7, 2, 4]), (B, 1, N, 3))
     others = ~np.isin(np.arange(40) // 4, [7, 2, 4])[None, :, None, None]
     k, v = (jnp.where(others, jnp.nan, x) for x in (k, v))
-    run = jax.jit(functools.partial(selected_block_attention, block=4))
-    assert jnp.isfinite(run(q, k, v, selected)).all()
+    fn = functools.partial(selected_block_attention, block=4, implementation=implementation)
+    for leaf in jax.tree.leaves(jax.jit(lambda *x: with_gradients(fn, x))(q, k, v, selected)):
+        assert jnp.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(implementation="triton"), "implementation='triton' must be one of"),
+        (dict(query_block=0), "query_block=0 must be at least 1"),
+        (dict(query_block=2), r"selected \(2, 4, 4, 1\) must be of 2 runs of query_block=2"),
+    ],
+)
+def test_wrong_arguments_raise(wrong, message):
+    unchecked = inspect.unwrap(selected_block_attention)  # by the annotations, as outside of tests
+    with pytest.raises(ValueError, match=message):
+        unchecked(*example(4, 4, 1, 2), block=2, **wrong)
 
 
 def test_work_is_that_of_one_block_more_than_selected():

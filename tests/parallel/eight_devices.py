@@ -17,7 +17,7 @@ def main(part, parts):
     from tests.parallel import helpers, matrix_test
 
     exact, refused, wrong = 0, 0, []
-    for cell in helpers.CELLS[part::parts]:
+    for cell in helpers.share(part, parts):
         number, strategy, row = cell
         refusal = matrix.tables()[number].refusal(strategy, row, 8)
         if refusal:

@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax import parallel
 from attnjax.core import sharding
@@ -56,12 +57,20 @@ def rms(x):
     return float(jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))
 
 
+# row by row, as what is on one device is kept for all strategies
 CELLS = [
     (number, strategy, row)
     for number, table in enumerate(matrix.tables())
-    for strategy in table.strategies
     for row in table.rows
+    for strategy in table.strategies
 ]
+
+
+def share(part, parts):
+    """The cells of every `parts`-th row, from row `part` on."""
+    rows = list(dict.fromkeys((number, row) for number, _, row in CELLS))
+    mine = set(rows[part::parts])
+    return [cell for cell in CELLS if (cell[0], cell[2]) in mine]
 
 
 def largest_error(cell, devices):
@@ -71,9 +80,10 @@ def largest_error(cell, devices):
     run = parallel.shard(strategy, table.record, mesh(context=devices))
     arrays, options = matrix.arguments(table.rows[row])
     by_name = lambda *xs: run(**dict(zip(arrays, xs, strict=True)), **options)
-    actual = jax.tree.leaves(with_gradients(by_name)(*arrays.values()))
-    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30))
-    flat = lambda x: x.astype(jnp.float32).reshape(-1)
+    actual = jax.device_get(jax.tree.leaves(with_gradients(by_name)(*arrays.values())))
+    # in numpy, as JAX would compile each of these operations for each shape
+    error = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    flat = lambda x: x.astype(np.float32).reshape(-1)
     pairs = zip(actual, _on_one(number, row), strict=True)
     return max(error(flat(a), flat(b)) for a, b in pairs)
 
@@ -83,4 +93,4 @@ def _on_one(number, row):
     table = matrix.tables()[number]
     arrays, options = matrix.arguments(table.rows[row])
     by_name = lambda *xs: table.record.fn(**dict(zip(arrays, xs, strict=True)), **options)
-    return jax.tree.leaves(with_gradients(by_name)(*arrays.values()))
+    return jax.device_get(jax.tree.leaves(with_gradients(by_name)(*arrays.values())))
