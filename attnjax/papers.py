@@ -1,10 +1,11 @@
-"""Joins the papers of docs/papers.csv with the records that name them."""
+"""Joins the papers of docs/papers.csv with the records and strategies that name them."""
 
 import csv
 import dataclasses
 import pathlib
 from typing import Literal
 
+from attnjax import parallel
 from attnjax.core import registry
 
 _HERE = pathlib.Path(__file__).parent
@@ -15,8 +16,9 @@ _TESTS = _HERE.parent / "tests"
 class Row:
     """One paper, and what the library holds of it.
 
-    The status is "works" where a record names the paper and has a test file, "none" where the
-    library holds nothing of it for the `reason` given, and "missing" otherwise.
+    The status is "works" where a record, or a strategy of `parallel`, names the paper and has a
+    test file, "none" where the library holds nothing of it for the `reason` given, and "missing"
+    otherwise.
     """
 
     key: str
@@ -49,8 +51,9 @@ def _entries() -> list[dict[str, str]]:
 
 def _records_by_paper(keys: list[str]) -> dict[str, list[str]]:
     named = {key: [] for key in keys}
-    for name in registry.names():
-        for key in registry.get(name).papers:
+    of_records = {name: registry.get(name).papers for name in registry.names()}
+    for name, its in (of_records | parallel.papers()).items():
+        for key in its:
             if key not in named:
                 raise ValueError(f"{name} names no paper: {key!r}{registry.nearest(key, keys)}")
             named[key].append(name)

@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from attnjax import papers
+from attnjax import papers, parallel
 from attnjax.core import registry
 
 
@@ -20,6 +20,7 @@ def library(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "names", lambda: list(sources))
     get = lambda name: types.SimpleNamespace(papers=sources[name])
     monkeypatch.setattr(registry, "get", get)
+    monkeypatch.setattr(parallel, "papers", dict)
     return sources
 
 
@@ -29,6 +30,11 @@ def test_status_of_a_paper(library):
     assert first.tests == ("tests/a/one_test.py",)
     assert (second.status, second.records, second.tests) == ("missing", ("a.two",), ())
     assert (third.status, third.reason, third.records) == ("none", "a survey", ())
+
+
+def test_a_strategy_counts_as_a_record_does(library, monkeypatch):
+    monkeypatch.setattr(parallel, "papers", lambda: {"a.one": ("second",)})
+    assert papers.rows()[1].status == "works"
 
 
 def test_without_tests_the_records_decide(library, monkeypatch):

@@ -12,6 +12,7 @@ What each strategy honours: docs/context_parallelism.md.
 import functools
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 
 import jax
@@ -87,5 +88,13 @@ def _load(text, record):
         if option not in choices:
             nearest = registry.nearest(option, choices)
             raise ValueError(f"{strategy} has no option {option!r}{nearest}")
-    *steps, over = parts
-    return split.Strategy(*(functools.partial(step, **options) for step in steps), over)
+    steps = {name: getattr(parts, name) for name in ("check", "run", "multiple")}
+    return parts._replace(**{n: functools.partial(fn, **options) for n, fn in steps.items()})
+
+
+@functools.cache
+def papers() -> dict[str, tuple[str, ...]]:
+    """The papers of each strategy, by a name as in "parallel.ring"."""
+    names = [f"parallel.{module.name}" for module in pkgutil.iter_modules(__path__)]
+    modules = {name: importlib.import_module(f"attnjax.{name}") for name in names}
+    return {name: x.STRATEGY.papers for name, x in modules.items() if hasattr(x, "STRATEGY")}

@@ -85,4 +85,4 @@ def _mix(ring, weights, v):
     return add(o, ring.size - 1, v).reshape(B, N, T, -1).swapaxes(1, 2)
 
 
-STRATEGY = split.Strategy(check=_check, run=_run)
+STRATEGY = split.Strategy(check=_check, run=_run, papers=("sequence-parallelism",))

@@ -33,6 +33,7 @@ class Strategy(NamedTuple):
     # (devices, call) -> what must divide a length
     multiple: Callable[..., int] = lambda size, call: size
     over: tuple[str, ...] = TOKENS  # letters of what lies over the axis of the mesh
+    papers: tuple[str, ...] = ()  # keys of docs/papers.csv that the strategy is of
 
 
 def bind(fn: Callable, args, options) -> Call:

@@ -5,6 +5,10 @@ With every strategy heads lie over the mesh axis `tensor`; here they lie over `a
 place of the sequence. The heads of queries must divide by the devices; key heads that don't are
 repeated. Source: Shoeybi et al., "Megatron-LM", arXiv:1909.08053, section 3. The projections before
 and after are split by where their parameters lie (`core.sharding`), and XLA adds the sum.
+
+The paper "A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies"
+splits attention over GPUs too; whether by heads, by sequence or both could not be found out. Here
+it is by heads, and in `ring` by sequence.
 """
 
 from attnjax.parallel import split
@@ -27,4 +31,4 @@ def _run(record, call, places):
     return split.apply(record.fn, call)
 
 
-STRATEGY = split.Strategy(check=_check, run=_run, over=split.HEADS)
+STRATEGY = split.Strategy(check=_check, run=_run, over=split.HEADS, papers=("distributed-mha",))

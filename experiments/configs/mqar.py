@@ -1,7 +1,8 @@
 """Multi-query associative recall with a small vocabulary: what separates mechanisms in a minute.
 
 Command: attnjax train mqar
-Minutes: about 3 on two cores. Expect: accuracy 0.99 with softmax attention, after some 650 updates.
+Minutes: about 3 on two cores. Expect: accuracy 0.99 with softmax attention, after some 650 updates;
+0.145 after 800 with linear attention, --mixers "fast_attention(order=1)".
 The MLPs are next to nothing, as the paper has none: the wider they are, the longer a model goes on
 guessing among the values that were shown. The paper's own cell, 4 pairs of 8192 tokens:
 `attnjax reproduce recall_of_paper`.
