@@ -26,6 +26,17 @@ class HeadProjection(nn.Module):
         return nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="heads")(x)
 
 
+class HeadKernel(nn.Module):
+    """A projection (R N F) to heads as an array, for a function that applies it itself."""
+
+    shape: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "R N F"]:
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        return self.param("kernel", init, self.shape)
+
+
 class OutputProjection(nn.Module):
     """(B ... N H), D -> (B ... D); parameter `merge/kernel` (N H D)."""
 

@@ -48,12 +48,8 @@ def neighborhood_attention(
     _check(q, k, v, near, bias, implementation)
     by_kernel = functools.partial(_by_kernel, scale=q.shape[-1] ** -0.5)
     args = q, k, v, near, bias
-    if implementation in ("pallas", "interpret"):
-        return by_kernel(*args, interpret=implementation == "interpret")
     fits = kernels.fits(q, k, v, bias)
-    if implementation is None and fits and placing.whole():
-        return jax.lax.platform_dependent(*args, tpu=by_kernel, default=_by_xla)
-    return _by_xla(*args)
+    return placing.run(args, implementation, xla=_by_xla, tpu=by_kernel, fits=fits)
 
 
 def _by_kernel(q, k, v, near, bias, *, scale, interpret=False):

@@ -18,7 +18,6 @@ I runs of queries that share a selection.
 import functools
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -67,13 +66,8 @@ def selected_block_attention(
     sizes = dict(block=min(block, k.shape[1]), query_block=query_block)
     by_xla, by_kernel = (functools.partial(x, mask=mask, **sizes) for x in (_by_xla, _by_kernel))
     args = q, k, v, selected, q_offset + jnp.arange(q.shape[1])
-    match implementation:
-        case None if placing.whole() and kernels.plan_of(*args[:4], **sizes).fits:
-            return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
-        case None | "xla":
-            return by_xla(*args)
-        case _:
-            return by_kernel(*args, interpret=implementation == "interpret")
+    fits = kernels.plan_of(*args[:4], **sizes).fits
+    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel, fits=fits)
 
 
 def _check(q, selected, query_block, implementation):

@@ -15,16 +15,7 @@ from attnjax.parallel import indices, layout, split
 
 
 def _check(record, call, places):
-    if places.here("N") % places.size:
-        others = [name for name in record.context if name != "all_to_all"]
-        raise NotImplementedError(
-            f"all_to_all can't split N={places.here('N')} heads over {places.size} devices, "
-            f"{' or '.join(others) or 'no strategy'} can"
-        )
-    if call.options.get("return_lse", False):
-        raise NotImplementedError("all_to_all can't honour return_lse, no strategy can")
-    if call.options.get("return_state", False) and "N" not in call.letters["initial_state"]:
-        raise NotImplementedError("all_to_all can't honour return_state without heads")
+    split.heads(record, call, places.here("N"), places.size, by="all_to_all")
 
 
 def _run(record, call, places):

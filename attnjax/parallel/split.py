@@ -63,6 +63,18 @@ def only(record: registry.Mechanism, call: Call, honoured: tuple[str, ...], *, b
             raise NotImplementedError(f"{by} can't honour {name}, no strategy can")
 
 
+def heads(record: registry.Mechanism, call: Call, N: int, devices: int, *, by: str):
+    """NotImplementedError where N heads can't lie over devices, or an output isn't by heads."""
+    if N % devices:
+        others = [name for name in record.context if name not in ("all_to_all", "tensor")]
+        able = " or ".join(others) or "no strategy"
+        raise NotImplementedError(f"{by} can't split {N=} heads over {devices} devices, {able} can")
+    if call.options.get("return_lse", False):
+        raise NotImplementedError(f"{by} can't honour return_lse, no strategy can")
+    if call.options.get("return_state", False) and "N" not in call.letters["initial_state"]:
+        raise NotImplementedError(f"{by} can't honour return_state without heads")
+
+
 def apply(fn: Callable, call: Call):
     """The function of a call, which may not know of masks: then there is none."""
     mask = {} if call.mask is None else dict(mask=call.mask)

@@ -15,16 +15,7 @@ from attnjax.parallel import split
 
 
 def _check(record, call, places):
-    if (N := places.sizes["N"]) % places.heads:
-        others = [name for name in record.context if name != "all_to_all"]
-        raise NotImplementedError(
-            f"tensor can't split {N=} heads over {places.heads} devices, "
-            f"{' or '.join(others) or 'no strategy'} can"
-        )
-    if call.options.get("return_lse", False):
-        raise NotImplementedError("tensor can't honour return_lse, no strategy can")
-    if call.options.get("return_state", False) and "N" not in call.letters["initial_state"]:
-        raise NotImplementedError("tensor can't honour return_state without heads")
+    split.heads(record, call, places.sizes["N"], places.heads, by="tensor")
 
 
 def _run(record, call, places):

@@ -114,17 +114,6 @@ def expert_intensity(tokens: int, *, num_experts: int, topk: int, itemsize: int 
     return 2 * tokens * topk / num_experts / itemsize
 
 
-class _Kernel(nn.Module):
-    """A projection to heads as an array (R N F), for a function that applies it in either form."""
-
-    shape: tuple[int, int, int]
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "R N F"]:
-        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        return self.param("kernel", init, self.shape)
-
-
 class MultiHeadLatentAttention(nn.Module):
     """Eqs. 9 to 19 over (B T D), values as wide as H.
 
@@ -154,7 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.compress = layers.Dense(R, use_bias=False, dtype=self.dtype)
         self.norm = nn.RMSNorm(dtype=self.dtype)
         self.key_rope = layers.HeadProjection(1, P, self.dtype)
-        self.heads = _Kernel((R, N, 2 * H))
+        self.heads = layers.HeadKernel((R, N, 2 * H))
         self.attend = layers.Attend(self.fn)
         self.attend_pages = layers.Attend(self.paged_fn)
         self.out = layers.OutputProjection(self.dtype)

@@ -128,17 +128,6 @@ def principal(
     return axes[:, ::-1], values / values.sum()
 
 
-class _Kernel(nn.Module):
-    """A projection to heads as an array (L N F)."""
-
-    shape: tuple[int, int, int]
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "L N F"]:
-        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        return self.param("kernel", init, self.shape)
-
-
 class SlicedCache(NamedTuple):
     """Latents and rotated keys seen so far; `length` of them are filled."""
 
@@ -184,7 +173,7 @@ class TPLA(nn.Module):
         self.query_rope = layers.HeadProjection(N, P, self.dtype)
         self.compress = layers.Dense(L, use_bias=False, dtype=self.dtype)
         self.key_rope = layers.HeadProjection(1, P, self.dtype)
-        self.heads = _Kernel((L, N, 2 * H))
+        self.heads = layers.HeadKernel((L, N, 2 * H))
         self.attend = layers.Attend(self.fn)
         self.out = layers.OutputProjection(self.dtype)
 

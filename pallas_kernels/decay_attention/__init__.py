@@ -85,13 +85,7 @@ def _op(q, k, v, state, segments, log_decay, chunk, implementation):
     args = q, k, v, state, None if segments is None else documents.starts(segments), log_decay
     by_xla = functools.partial(xla.decay_attention, chunk=chunk)
     by_kernel = functools.partial(mosaic_tpu.decay_attention, chunk=chunk)
-    match implementation:
-        case None if placing.whole():
-            return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
-        case None | "xla":
-            return by_xla(*args)
-        case _:
-            return by_kernel(*args, interpret=implementation == "interpret")
+    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel)
 
 
 def _forward(q, k, v, state, segments, log_decay, chunk, implementation):

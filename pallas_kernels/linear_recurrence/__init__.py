@@ -98,11 +98,7 @@ _op.defvjp(_forward, _backward)
 def _run(name, args, implementation, **options):
     by_xla = functools.partial(getattr(xla, name), **options)
     by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
-    if implementation is not None:
-        return by_kernel(*args, interpret=implementation == "interpret")
-    if placing.whole():
-        return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
-    return by_xla(*args)
+    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel)
 
 
 def _check(q, k, v, log_decay, beta, segments, initial_state, chunk, implementation):

@@ -95,12 +95,9 @@ _op.defvjp(_forward, _backward)
 def _run(name, args, implementation, **options):
     by_xla = functools.partial(getattr(xla, name), **options)
     by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
-    if implementation is not None:
-        return by_kernel(*args, interpret=implementation == "interpret")
-    b = args[0][2]
-    if placing.whole() and mosaic_tpu.fits(b.shape[-1], options["chunk"]):
-        return jax.lax.platform_dependent(*args, tpu=by_kernel, default=by_xla)
-    return by_xla(*args)
+    (_, _, b, _), *_ = args
+    fits = mosaic_tpu.fits(b.shape[-1], options["chunk"])
+    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel, fits=fits)
 
 
 def _check(x, delta, rate, b, c, skip, segments, initial_state, chunk, implementation):

@@ -142,3 +142,11 @@ def test_refuses_more_than_max_length():
     ):
         with pytest.raises(ValueError, match="8 tokens must be at most max_length=4"):
             call()
+
+
+def test_logits_of_chosen_positions_are_those_of_all():
+    model, tokens, at = helpers.lm(), helpers.tokens(), jnp.array([[7, 0, 3], [1, 1, 6]])
+    params = helpers.init(model, tokens)
+    run = jax.jit(lambda params: (model.apply(params, tokens), model.apply(params, tokens, at=at)))
+    every, some = run(params)
+    chex.assert_trees_all_close(some, jnp.take_along_axis(every, at[..., None], 1), rtol=1e-6)
