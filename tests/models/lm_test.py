@@ -147,6 +147,7 @@ def test_refuses_more_than_max_length():
 def test_logits_of_chosen_positions_are_those_of_all():
     model, tokens, at = helpers.lm(), helpers.tokens(), jnp.array([[7, 0, 3], [1, 1, 6]])
     params = helpers.init(model, tokens)
-    run = jax.jit(lambda params: (model.apply(params, tokens), model.apply(params, tokens, at=at)))
+    apply = lambda params, **options: helpers.run(model, params, tokens, **options)
+    run = jax.jit(lambda params: (apply(params), apply(params, at=at)))
     every, some = run(params)
     chex.assert_trees_all_close(some, jnp.take_along_axis(every, at[..., None], 1), rtol=1e-6)
