@@ -50,6 +50,7 @@ setuptools.setup(
     package_data={
         "attnjax": ["papers.csv"],  # a link to docs/papers.csv; a wheel holds a copy
         "attnjax.zoo": ["checkpoints/**"],
+        "pallas_kernels.tables": ["*.json"],  # what is fastest on which device
         "experiments": ["h100.txtpb"],  # what a compiler is told about the device
     },
     install_requires=BASE,

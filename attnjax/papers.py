@@ -1,5 +1,6 @@
-"""Joins the papers of docs/papers.csv with the records and strategies that name them."""
+"""Joins the papers of docs/papers.csv with what names them: records, strategies, benchmarks."""
 
+import ast
 import csv
 import dataclasses
 import pathlib
@@ -16,9 +17,9 @@ _TESTS = _HERE.parent / "tests"
 class Row:
     """One paper, and what the library holds of it.
 
-    The status is "works" where a record, or a strategy of `parallel`, names the paper and has a
-    test file, "none" where the library holds nothing of it for the `reason` given, and "missing"
-    otherwise.
+    The status is "works" where a record, a strategy of `parallel` or a benchmark (by its `PAPERS`)
+    names the paper and has a test file, "none" where the library holds nothing of it for the
+    `reason` given, and "missing" otherwise.
     """
 
     key: str
@@ -52,12 +53,23 @@ def _entries() -> list[dict[str, str]]:
 def _records_by_paper(keys: list[str]) -> dict[str, list[str]]:
     named = {key: [] for key in keys}
     of_records = {name: registry.get(name).papers for name in registry.names()}
-    for name, its in (of_records | parallel.papers()).items():
+    for name, its in (of_records | parallel.papers() | _benchmarks()).items():
         for key in its:
             if key not in named:
                 raise ValueError(f"{name} names no paper: {key!r}{registry.nearest(key, keys)}")
             named[key].append(name)
     return named
+
+
+def _benchmarks() -> dict[str, tuple[str, ...]]:
+    """What each names in `PAPERS`; read, for it stands above this package and isn't imported."""
+    found = {}
+    for path in sorted((_HERE.parent / "experiments/benchmarks").glob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("PAPERS = "):
+                name = f"experiments.benchmarks.{path.stem}"
+                found[name] = ast.literal_eval(line.removeprefix("PAPERS = "))
+    return found
 
 
 def _row(entry: dict[str, str], records: list[str]) -> Row:

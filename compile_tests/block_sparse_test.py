@@ -1,4 +1,4 @@
-"""The kernels of block_sparse, compiled for every TPU; for H100 there is XLA's loop."""
+"""The kernels of block_sparse, compiled for every TPU and for H100."""
 
 import functools
 
@@ -13,6 +13,7 @@ from experiments import targets
 
 LONG = 128 * 1024
 NAMES = ["block_sparse", "block_sparse_dkv", "block_sparse_dq"]
+ON_GPU = ["flash_attention", "flash_attention_dkv", "flash_attention_dq"]
 
 
 def shapes(T, *, dtype="bfloat16", N=4, K=2, H=128, V=128, A=3, query_block=1, packed=False):
@@ -78,10 +79,18 @@ def test_odd_sizes(options, sizes):
     compiled_kernels("v5e:2x2", shapes(**sizes), **options)
 
 
-@pytest.mark.parametrize("target", calls.GPUS)
-def test_without_a_kernel_of_its_own(target):
-    args = shapes(4096)
-    run = functools.partial(gradients, block=512)
-    assert not calls.kernels(targets.compile_for(target, run, args))
-    with pytest.raises(Exception, match="(?i)pallas|mosaic|lower"):
-        targets.compile_for(target, functools.partial(run, implementation="pallas"), args)
+@pytest.mark.parametrize(
+    ("T", "A", "sizes", "most"),
+    [
+        (LONG, 3, dict(block=512), 10),
+        (4096, 4, dict(block=128, query_block=128), 2),
+    ],
+)
+def test_h100(T, A, sizes, most):
+    """A query is copied for each block that it selects, but in runs and blocks of whole tiles."""
+    args = shapes(T, A=A, query_block=sizes.get("query_block", 1), packed=T == 4096)
+    by_kernel = functools.partial(gradients, implementation="pallas", **sizes)
+    compiled = targets.compile_for("h100:1", by_kernel, args)
+    assert sorted(x.name for x in calls.kernels(compiled)) == ON_GPU
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < most * memory.argument_size_in_bytes  # no T T anywhere

@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as Spec
 
 from attnjax import parallel
 from attnjax.core import masks, registry, sharding
-from experiments import plan_accelerators, plan_count, plan_hlo, plan_mesh, plan_program, targets
+from experiments import targets
+from experiments.planning import accelerators, hlo, program
+from experiments.planning import count as plan_count
+from experiments.planning import mesh as plan_mesh
 
 TARGET, P = "v5e:2x2", 4
 B, T, N, H = 1, 8192, 4, 128
@@ -38,8 +41,8 @@ def counted(strategy, mechanism="multi_head_attention", *, mask, decay=None):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = targets.compile_for(TARGET, gradients, x, x, x, x)
     return plan_count.count(
-        plan_hlo.read(plan_program.text(compiled)),
-        plan_accelerators.of_target(TARGET),
+        hlo.read(program.text(compiled)),
+        accelerators.of_target(TARGET),
         devices=range(P),
         islands=[0] * P,
     )

@@ -31,6 +31,15 @@ def arrays(T, dtype, *, N=2, K=2, H=128, V=128, **more):
     return dict(q=token(N, H), k=token(K, H), v=token(K, V)) | more
 
 
+def every_option(T, N, dtype, bias, **sizes):
+    """Arguments with all that isn't a mask."""
+    more = dict(sinks=jax.ShapeDtypeStruct((N,), "float32"))
+    more |= dict(segments=jax.ShapeDtypeStruct((1, T), "int32"))
+    more |= dict(bias=jax.ShapeDtypeStruct(bias, dtype))
+    more |= dict(key=jax.eval_shape(lambda: jax.random.key(0)))
+    return arrays(T, dtype, N=N, **sizes, **more)
+
+
 def attend(args, **options):
     """Causal; with documents and other options if args has them."""
     args = dict(args)
@@ -66,13 +75,28 @@ def test_causal_bfloat16(target, T):
 )
 def test_every_option(target, dtype):
     T, N = 4000, 4  # the last tile is part of one
-    of_scores = jax.ShapeDtypeStruct((1, N, T, T), dtype)
-    more = dict(bias=of_scores, sinks=jax.ShapeDtypeStruct((N,), "float32"))
-    more |= dict(segments=jax.ShapeDtypeStruct((1, T), "int32"))
-    more |= dict(key=jax.eval_shape(lambda: jax.random.key(0)))
-    args = arrays(T, dtype, N=N, H=192, **more)
+    args = every_option(T, N, dtype, (1, N, T, T), H=192)
     found, _ = compile_on(target, gradients, args)
     assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dbias"])
+
+
+def test_score_mod():
+    """Slopes by head and a bound, both learned."""
+
+    def fn(args):
+        def attend(args):
+            slopes, cap = args["slopes"], args["cap"]
+            score_mod = lambda x, b, n, t, s: cap * jnp.tanh(x / cap) - slopes[n] * abs(t - s)
+            q, k, v = (args[name] for name in "qkv")
+            return ops.dot_product_attention(q, k, v, mask=masks.Causal(), score_mod=score_mod)
+
+        o, vjp = jax.vjp(attend, args)
+        return vjp(jnp.ones_like(o))
+
+    shapes = dict(slopes=(2,), cap=())
+    learned = {name: jax.ShapeDtypeStruct(x, "float32") for name, x in shapes.items()}
+    found, _ = compile_on("v5e:2x2", fn, arrays(512, "bfloat16", **learned))
+    assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dfactors"])
 
 
 by_kernel = functools.partial(gradients, implementation="pallas")
@@ -95,12 +119,16 @@ def test_h100_every_option_and_mask():
     T, N = 250, 4
     mask = masks.Neighborhood((25, 10), (7, 7), stride=(2, 1)) | masks.Window(5, None)
     mask &= masks.Dense(jnp.ones((1, N, T, T), bool)) | masks.Prefix(9)
-    more = dict(sinks=jax.ShapeDtypeStruct((N,), "float32"))
-    more |= dict(segments=jax.ShapeDtypeStruct((1, T), "int32"))
     fn = functools.partial(by_kernel, mask=mask)
-    args = arrays(T, "float16", N=N, H=192, V=96, **more)
+    args = every_option(T, N, "float16", (1, 1, T, T), H=192, V=96)
     found = calls.kernels(targets.compile_for("h100:1", fn, args))
-    assert sorted(x.name for x in found) == sorted(APART)
+    assert sorted(x.name for x in found) == sorted([*APART, "flash_attention_dbias"])
+
+
+def test_h100_float32():
+    args = arrays(LONG, "float32", bias=jax.ShapeDtypeStruct((1, 2, 1, LONG), "float32"))
+    found = calls.kernels(targets.compile_for("h100:1", by_kernel, args))
+    assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dbias"])
 
 
 def test_h100_within_a_mesh():

@@ -1,14 +1,18 @@
-"""The kernels of linear_recurrence, compiled for every TPU; for H100 there is XLA's scan."""
+"""The kernels of linear_recurrence, compiled for every TPU and, where they are asked for, H100."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from compile_tests import calls
 from experiments import targets
 from pallas_kernels import linear_recurrence as kernels
+from pallas_kernels.linear_recurrence import mosaic_gpu
+from pallas_kernels.linear_recurrence.mosaic_gpu import chain
+from pallas_kernels.linear_recurrence.mosaic_gpu.pieces import Pieces
 
 LONG = 128 * 1024
 GATES = ("none", "head", "channel", "delta", "delta, head", "delta, channel")
@@ -66,9 +70,50 @@ def test_odd_sizes(gate, H, V, T, dtype):
 
 
 @pytest.mark.parametrize("target", calls.GPUS)
-def test_without_a_kernel_of_its_own(target):
-    args = shapes("delta, channel", 4096)
-    assert not calls.kernels(targets.compile_for(target, backward, args))
-    asked = functools.partial(backward, implementation="pallas")
-    with pytest.raises(Exception, match="(?i)pallas|mosaic|lower"):
-        targets.compile_for(target, asked, args)
+def test_without_a_kernel_by_default(target):
+    assert not calls.kernels(targets.compile_for(target, backward, shapes("none", 4096)))
+
+
+def test_forward_on_h100():
+    fn = lambda args: kernels.linear_recurrence(**args, implementation="pallas")
+    (call,) = calls.kernels(targets.compile_for("h100:1", fn, shapes("channel", LONG)))
+    assert call.name == "linear_recurrence"
+
+
+by_kernel = functools.partial(backward, implementation="pallas")
+
+
+def test_backward_on_h100():
+    args = shapes("head", LONG, N=4)
+    compiled = targets.compile_for("h100:1", by_kernel, args)
+    found = sorted(x.name for x in calls.kernels(compiled))
+    assert found == ["linear_recurrence", "linear_recurrence_backward"]
+    tokens = args["v"].size * 4  # bytes of an array of all tokens in float32
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * tokens  # no T T anywhere
+
+
+@pytest.mark.parametrize("dtype", mosaic_gpu.WIDEST)
+def test_the_most_shared_memory_on_h100(dtype):
+    """With the delta rule and the widest keys; Mosaic itself refuses what doesn't fit."""
+    C, H, V = mosaic_gpu.CHUNK, mosaic_gpu.WIDEST[dtype], 128
+    array = lambda *shape: jax.ShapeDtypeStruct((8, *shape), dtype)
+    across, along = array(C, H), array(H, C)
+    others = dict(v=array(V, C), weights=array(C, C), kept=array(H).update(dtype="float32"))
+    state = jax.ShapeDtypeStruct((2, V, H), "float32")
+
+    def both(x, y, state):
+        out = chain.forward(x, state, keep=True, interpret=False)
+        return out, chain.backward(y, state, interpret=False)
+
+    x = Pieces(q=across, k=along, read=across, **others)
+    y = Pieces(q=along, k=across, read=along, **others)
+    assert len(calls.kernels(targets.compile_for("h100:1", both, x, y, state))) == 2
+
+
+def test_h100_within_a_mesh():
+    mesh = jax.sharding.Mesh(np.array(targets.devices("h100:2")), ("x",))
+    heads = jax.P(None, None, "x")
+    fn = jax.shard_map(by_kernel, mesh=mesh, in_specs=heads, out_specs=heads)
+    place = jax.sharding.NamedSharding(mesh, heads)
+    args = jax.tree.map(lambda x: x.update(sharding=place), shapes("none", 4096))
+    assert len(calls.kernels(targets.compile_for("h100:2", fn, args))) == 2

@@ -1,4 +1,4 @@
-"""The kernels of neighborhood, compiled for every TPU; for H100 there is XLA's attention."""
+"""The kernels of neighborhood, compiled for every TPU and for H100."""
 
 import functools
 
@@ -11,6 +11,7 @@ from compile_tests import calls
 from experiments import targets
 
 NAMES = ["neighborhood_attention", "neighborhood_attention_backward"]
+ON_GPU = ["flash_attention", "flash_attention_dkv", "flash_attention_dq"]
 
 
 def arrays(*grid, B=2, N=4, K=4, H=32, dtype="bfloat16", window=None):
@@ -65,8 +66,19 @@ def test_odd_sizes(H):
     assert_both_kernels("v5e:2x2", fn, arrays(13, 11, N=4, K=2, H=H))
 
 
-@pytest.mark.parametrize("target", calls.GPUS)
-def test_without_a_kernel_of_its_own(target):
-    args = arrays(56, 56, window=7)
-    fn = functools.partial(backward, functools.partial(swin.swin, window=7))
-    assert not calls.kernels(targets.compile_for(target, fn, args))
+def test_h100():
+    options = dict(window=256, stride=64, dilation=2, causal=True, implementation="pallas")
+    fn = functools.partial(gna.gna, **options)
+    args = arrays(128 * 1024, B=1, K=2, H=64)
+    compiled = targets.compile_for("h100:1", functools.partial(backward, fn), args)
+    assert sorted(x.name for x in calls.kernels(compiled)) == ON_GPU
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 5 * memory.argument_size_in_bytes  # no T T anywhere
+
+
+def test_h100_windows():
+    fn = functools.partial(swin.swin, window=8, shift=4, implementation="pallas")
+    args = arrays(64, 64, window=8)
+    compiled = targets.compile_for("h100:1", functools.partial(backward, fn), args)
+    wanted = sorted([*ON_GPU, "flash_attention_dbias"])
+    assert sorted(x.name for x in calls.kernels(compiled)) == wanted

@@ -1,4 +1,4 @@
-"""The kernels of selective_scan, compiled for every TPU; for H100 there is XLA's scan."""
+"""The kernels of selective_scan, compiled for every TPU and, where they are asked for, H100."""
 
 import functools
 
@@ -67,6 +67,20 @@ def test_odd_sizes_and_documents(N, H, M, T, dtype):
 
 
 @pytest.mark.parametrize("target", calls.GPUS)
-def test_without_a_kernel_of_its_own(target):
+def test_without_a_kernel_by_default(target):
     args, fn = shapes(4096), functools.partial(kernels.selective_scan, chunk=16)
     assert not calls.kernels(targets.compile_for(target, lambda args: fn(**args), args))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [shapes(LONG), shapes(4000, dtype="float32", N=2, H=100, M=40, packed=True)],
+    ids=["long", "odd sizes and documents"],
+)
+def test_on_gpu(args):
+    """The forward kernel goes twice: again for the states before each step, without an output."""
+    run = functools.partial(backward, implementation="pallas")
+    compiled = targets.compile_for("h100:1", run, args)
+    assert [x.name for x in calls.kernels(compiled)] == [NAMES[0], *NAMES]
+    states = 4 * args["x"].size * args["rate"].shape[-1]  # of all tokens
+    assert compiled.memory_analysis().temp_size_in_bytes < states / 2

@@ -82,7 +82,9 @@ def compare(wanted: Compare) -> pathlib.Path:
     import rich.console
     import rich.progress
 
-    from experiments import cells, comparison_plan, comparison_report, run_directory
+    from experiments import cells, run_directory
+    from experiments.comparing import plan as comparison_plan
+    from experiments.comparing import report
 
     console = rich.console.Console(soft_wrap=True)
     root = directory(wanted)
@@ -99,8 +101,8 @@ def compare(wanted: Compare) -> pathlib.Path:
             row["costs"].append(cells.measured(cost, root / "costs", runs=wanted.runs))
     results = {**plan.settings, "machine": run_directory.environment(), "rows": rows}
     (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    console.print(comparison_report.for_terminal(results))
-    page = comparison_report.write(root, results)
+    console.print(report.for_terminal(results))
+    page = report.write(root, results)
     console.print(f"report: {page}")
     return page
 

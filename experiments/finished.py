@@ -1,6 +1,7 @@
 """A finished run read back: its config, its model, its parameters, what it measures, a zoo card."""
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -54,13 +55,16 @@ def load(path: os.PathLike | str) -> Finished:
 def measure(task: str, module, params, *, batch_size: int = 64) -> dict[str, float]:
     """Metrics of a module on the whole test split of a task."""
     record, source = configs.make_task(task, "test")
-    sums = jax.jit(
-        lambda params, batch: learning.loss_sums(module, params, batch, jax.random.key(0))[1]
-    )
     totals: dict[str, float] = {}
     for batch in evaluation.padded_batches(source, batch_size):
-        totals = {k: totals.get(k, 0.0) + float(x) for k, x in sums(params, batch).items()}
+        sums = _sums(module, params, batch)
+        totals = {name: totals.get(name, 0.0) + float(x) for name, x in sums.items()}
     return evaluation.metrics(totals, record.kind)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(module, params, batch):
+    return learning.loss_sums(module, params, batch, jax.random.key(0))[1]
 
 
 def publish(

@@ -3,10 +3,18 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 import rich.progress
 
 _CHUNK = 100  # steps between looks at the progress bar
+
+
+def initial(module, draw: Callable[[jax.Array], tuple], *, seed: int, inputs: int = 1):
+    """Parameters of a module for the first `inputs` of what is drawn, by one program."""
+    shapes = jax.eval_shape(draw, jax.random.key(0))[:inputs]
+    blank = lambda: [jnp.zeros(x.shape, x.dtype) for x in shapes]
+    return jax.jit(lambda key: module.init(key, *blank()))(jax.random.key(seed))
 
 
 def fit(

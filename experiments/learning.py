@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnjax import models
 from attnjax.core import registry
@@ -70,20 +70,29 @@ def loss_sums(model, params, batch: Batch, key, *, label_smoothing: float = 0.0)
 
 
 def optimizer(config) -> optax.GradientTransformation:
-    """AdamW after clipping, with a linear warm-up and a cosine decay to a hundredth."""
+    """AdamW after clipping, with a linear warm-up and a cosine decay to a hundredth.
+
+    The same object for the same numbers: what is compiled with it is found again.
+    """
+    warmup = min(config.warmup_steps, config.steps // 2)
+    return _adamw(config.learning_rate, warmup, config.steps, config.weight_decay, config.clip_norm)
+
+
+@functools.lru_cache
+def _adamw(peak, warmup, steps, weight_decay, clip_norm):
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps // 2),
-        decay_steps=config.steps,
-        end_value=config.learning_rate / 100,
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=peak / 100,
     )
     decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
-    adamw = optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    adamw = optax.adamw(schedule, b2=0.99, weight_decay=weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
 
-def init_state(model, optimiser, example: Batch, seed: int) -> State:
+def init_state(model, optimiser, example: Batch, seed: int | Int[Array, ""]) -> State:
     """The state before the first step."""
     key = jax.random.key(seed)
     x = jnp.asarray(example["image"] if "label" in example else example["inputs"])

@@ -80,23 +80,47 @@ def context_parallel(mesh, config=None):
 
 
 def place(config, model, example, mesh) -> Placed:
-    """A step for `config.parallel`, with the same results for either and for every mesh."""
+    """A step for `config.parallel`, with the same results for either and for every mesh.
+
+    What is the same but for the seed is compiled once in a process, and found again later.
+    """
     optimiser = learning.optimizer(config)
     # the shapes of a whole batch and no numbers: every process compiles the same program
-    zeros = lambda x: jnp.zeros((config.batch_size, *x.shape[1:]), x.dtype)
-    blank = lambda: {name: zeros(x) for name, x in example.items()}
-    init = lambda: learning.init_state(model, optimiser, blank(), config.seed)
-    step = functools.partial(
-        learning.update,
-        model,
-        optimiser,
-        accumulate=config.accumulate,
-        label_smoothing=config.label_smoothing,
-    )
-    key = jax.random.key(config.seed)
-    sums = lambda params, batch: learning.loss_sums(model, params, batch, key)[1]
+    blank = tuple((k, (config.batch_size, *x.shape[1:]), x.dtype) for k, x in example.items())
+    axis = "data" if config.parallel == "pmap" else None
+    functions = _functions(model, optimiser, blank, config.accumulate, config.label_smoothing, axis)
+    seed = np.int64(config.seed)
     make = {"jit": _over_mesh, "pmap": _over_devices}[config.parallel]
-    return make(config, init, step, sums, optimiser, example, mesh)
+    return make(config, functions, seed, optimiser, example, mesh)
+
+
+class _Functions(NamedTuple):
+    init: Callable  # seed -> state
+    step: Callable  # (state, batch) -> (state, metrics)
+    sums: Callable  # (params, batch, seed) -> sums of an evaluation
+
+
+@functools.lru_cache
+def _functions(model, optimiser, blank, accumulate, label_smoothing, axis) -> _Functions:
+    """The same functions for the same arguments, as JAX knows a program by its function."""
+    zeros = lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype in blank}
+    return _Functions(
+        init=lambda seed: learning.init_state(model, optimiser, zeros(), seed),
+        step=functools.partial(
+            learning.update,
+            model,
+            optimiser,
+            accumulate=accumulate,
+            label_smoothing=label_smoothing,
+            axis=axis,
+        ),
+        sums=functools.partial(_sums, model, axis),
+    )
+
+
+def _sums(model, axis, params, batch, seed):
+    sums = learning.loss_sums(model, params, batch, jax.random.key(seed))[1]
+    return sums if axis is None else jax.lax.psum(sums, axis)
 
 
 def prepare(config):
@@ -109,8 +133,8 @@ def prepare(config):
     return place(config, model, example, mesh), example
 
 
-def _over_mesh(config, init, step, sums, optimiser, example, mesh) -> Placed:
-    shapes = jax.eval_shape(init)
+def _over_mesh(config, functions, seed, optimiser, example, mesh) -> Placed:
+    shapes = jax.eval_shape(functions.init, seed)
     whole = NamedSharding(mesh, P())
     params = sharding.shardings(mesh, shapes["params"])
     opt_state = optax.tree.map_params(
@@ -127,11 +151,13 @@ def _over_mesh(config, init, step, sums, optimiser, example, mesh) -> Placed:
         }
 
     place = lambda shape, at: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=at)
+    init = jax.jit(functions.init, out_shardings=places)
+    sums = jax.jit(functions.sums, out_shardings=whole)
     return Placed(
-        init=jax.jit(init, out_shardings=places),
+        init=lambda: init(seed),
         target=jax.tree.map(place, shapes, places),
-        update=jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
-        sums=jax.jit(sums, out_shardings=whole),
+        update=jax.jit(functions.step, donate_argnums=0, out_shardings=(places, whole)),
+        sums=lambda params, batch: sums(params, batch, seed),
         rows=held,
         put=put,
     )
@@ -154,19 +180,19 @@ def _global(x, place, rows, batch_size) -> jax.Array:
     return jax.make_array_from_callback((batch_size, *x.shape[1:]), place, part)
 
 
-def _over_devices(config, init, step, sums, optimiser, example, mesh) -> Placed:
+def _over_devices(config, functions, seed, optimiser, example, mesh) -> Placed:
     count = jax.local_device_count()
 
     def put(batch):
         return jax.tree.map(lambda x: np.reshape(x, (count, -1, *x.shape[1:])), batch)
 
-    mapped = dict(axis_name="data", in_axes=(None, 0), out_axes=None)
-    add = lambda params, batch: jax.lax.psum(sums(params, batch), "data")
+    mapped = functools.partial(jax.pmap, axis_name="data", out_axes=None)
+    sums = mapped(functions.sums, in_axes=(None, 0, None))
     return Placed(
-        init=jax.jit(init),
-        target=jax.eval_shape(init),
-        update=jax.pmap(functools.partial(step, axis="data"), **mapped),
-        sums=jax.pmap(add, **mapped),
+        init=lambda: jax.jit(functions.init)(seed),
+        target=jax.eval_shape(functions.init, seed),
+        update=mapped(functions.step, in_axes=(None, 0)),
+        sums=lambda params, batch: sums(params, batch, seed),
         rows=lambda: range(config.batch_size),
         put=put,
     )

@@ -57,22 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(config: Plan) -> int:
     """Makes and prints a plan; 1 where nothing fits."""
-    from experiments import plan_mesh, plan_program, plan_report
+    from experiments.planning import mesh as plan_mesh
+    from experiments.planning import program
+    from experiments.planning import report as plan_report
 
     _check(config)
     mesh = plan_mesh.make_mesh(config, config.target)
     if config.longest:
-        plan_program.at_length(config, _UNIT)  # raises where a length can't be chosen
+        program.at_length(config, _UNIT)  # raises where a length can't be chosen
     report = plan_report.Report(config, mesh)
     rows, strategies = [], _strategies(config, mesh)
     for strategy in strategies:
         with report.compiling(strategy or ""):
             try:
-                rows.append(plan_program.make(config, config.target, mesh, strategy))
+                rows.append(program.make(config, config.target, mesh, strategy))
             except NotImplementedError as error:
                 if len(strategies) == 1:
                     raise
-                rows.append(plan_program.refused(strategy, str(error)))
+                rows.append(program.refused(strategy, str(error)))
     rows.sort(key=lambda row: (not row.fits, row.seconds, row.memory.get("all", 0)))
     report.show(rows)
     longest = None
@@ -102,7 +104,7 @@ def _check(config):
 
 def _strategies(config, mesh):
     """Those to compare; [None] leaves each mechanism its own."""
-    from experiments import plan_program
+    from experiments.planning import program
 
     wanted = config.context_strategies
     if mesh.shape["context"] == 1:
@@ -113,7 +115,7 @@ def _strategies(config, mesh):
         if wanted is not None:
             raise ValueError("strategy and context_strategies must not both be given")
         return [None]
-    known = plan_program.strategies(config)
+    known = program.strategies(config)
     for name in (registry.parse_call(text)[0] for text in wanted or ()):
         if name not in known:
             names = ", ".join(known) or "none in common"
@@ -123,7 +125,7 @@ def _strategies(config, mesh):
 
 def _longest(config, mesh, strategy, start, report):
     """The longest sequence found to fit, by doubling and then halving the gap; None for none."""
-    from experiments import plan_program
+    from experiments.planning import program
 
     unit = _UNIT * mesh.shape["context"]
     fitting, failing = (start, None) if start.fits else (None, start.length)
@@ -139,9 +141,9 @@ def _longest(config, mesh, strategy, start, report):
         if length in (below, failing) or length > _MOST:
             return fitting
         try:
-            tried = plan_program.at_length(config, length)
+            tried = program.at_length(config, length)
             with report.compiling(f"{length:,} tokens"):
-                made = plan_program.make(tried, config.target, mesh, strategy)
+                made = program.make(tried, config.target, mesh, strategy)
         except ValueError as error:
             report.say(f"{length:,} tokens: {error}")  # such as: the task has no more
             failing = length

@@ -24,8 +24,9 @@ import rich.table
 import tyro
 
 from attnjax import commands
-from experiments import benchmark_results, reproductions
 from experiments import config as configs
+from experiments import reproductions
+from experiments.measuring import results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def write(name, config, findings, seconds, out: pathlib.Path) -> None:
         "config": dataclasses.asdict(config),
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "minutes": round(seconds / 60, 1),
-        "machine": benchmark_results.machine(),
+        "machine": results.machine(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
     (out / f"{name}.json").write_text(json.dumps(page, indent=1) + "\n")

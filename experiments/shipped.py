@@ -44,12 +44,13 @@ def recall(name: str, mechanism: str) -> Trained:
     """A small language model that recalls values by their keys: a row of a comparison."""
     import dataclasses
 
-    from experiments import cells, compare, comparison_plan
+    from experiments import cells, compare
+    from experiments.comparing import plan
 
     softmax = "multi_head_attention"  # first: all others get as many parameters
     mechanisms = (softmax,) if mechanism == softmax else (softmax, mechanism)
     wanted = compare.Compare(mechanisms, task="mqar_short")
-    config = comparison_plan.make(wanted).models[-1]
+    config = plan.make(wanted).models[-1]
     root = compare.directory(wanted) / "cells"
 
     def run(seed):

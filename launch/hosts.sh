@@ -38,17 +38,19 @@ done
 
 at() { if is_here "$1"; then bash -c "$2"; else ssh -n -o BatchMode=yes "$1" "$2"; fi; }
 
-# Process 0 leaves its id on its host, as ending ssh wouldn't end what runs there; told to stop, it
-# tells the others.
-id_file=/tmp/attnjax-$(id -un)-$port.pid
-trap 'at "${hosts[0]}" "kill -TERM \$(cat $id_file)"' TERM INT
+# Process 0 leaves its id beside the run on its host, as ending ssh wouldn't end what runs there; told
+# to stop, it tells the others.
+there="cd $(printf %q "$PWD")"
+id_file=.attnjax-$port.pid
+trap 'at "${hosts[0]}" "$there && kill -TERM \$(cat $id_file)"' TERM INT
+trap 'at "${hosts[0]}" "$there && rm -f $id_file"' EXIT
 
 jobs=()
 for i in "${!hosts[@]}"; do
   command="exec $(printf '%q ' "$python" -u -m attnjax.cli train "$@" \
     --coordinator "${hosts[0]}:$port" --num-processes "${#hosts[@]}" --process-id "$i")"
   (( i )) || command="echo \$\$ > $id_file && $command"
-  at "${hosts[i]}" "cd $(printf %q "$PWD") && $command" &
+  at "${hosts[i]}" "$there && $command" &
   jobs+=($!)
 done
 

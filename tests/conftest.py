@@ -9,6 +9,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_include_full_tracebacks_in_locations", False)  # a fifth less to compile
 
 
 def pytest_collection_finish():

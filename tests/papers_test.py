@@ -51,3 +51,7 @@ def test_a_record_that_names_no_paper_is_an_error(library):
 def test_all_papers_of_the_collection_are_there():
     assert len(papers.titles()) == len(papers._entries()) == 376
     assert all(papers.titles().values())
+
+
+def test_benchmarks_name_papers_too():
+    assert papers._benchmarks()["experiments.benchmarks.context_parallel"] == ("longca-bench",)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +34,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the four axes of attnjax, each of the given size; all of them Auto.
 
+    An axis lies along whole axes of a TPU's torus where that is possible; else it takes a part
+    of one, so that some of its neighbours are further apart.
+
     Raises ValueError where the sizes don't multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
@@ -41,7 +45,12 @@ def make_mesh(
     if size != len(devices):
         named = " x ".join(f"{name}={n}" for name, n in zip(AXES, shape, strict=True))
         raise ValueError(f"mesh {named} needs {size} devices, there are {len(devices)}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    types = (AxisType.Auto,) * 4
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no product of whole axes of the torus is of that size
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def partition_specs(params, rules=RULES):

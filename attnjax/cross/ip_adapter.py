@@ -140,5 +140,7 @@ SPEC = registry.Mechanism(
     oracle=_oracle,
     layout="cross",
     variants=({}, dict(num_image_tokens=2, strength=0.3)),
-    claims=frozenset({Claim.MASKABLE, Claim.CROSS, Claim.DENSE_TWIN, Claim.LINEAR_MEMORY}),
+    claims=frozenset(
+        {Claim.MASKABLE, Claim.CROSS, Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE}
+    ),
 )

@@ -207,6 +207,7 @@ SPEC = registry.Mechanism(
             Claim.PERMUTATION_EQUIVARIANT,
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
+            Claim.FORWARD_MODE,
         }
     ),
 )

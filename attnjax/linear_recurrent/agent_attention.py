@@ -160,5 +160,5 @@ SPEC = registry.Mechanism(
     papers=("agent-attention",),
     example=_example,
     oracle=_oracle,
-    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE}),
+    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}),
 )

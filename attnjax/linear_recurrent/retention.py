@@ -44,7 +44,7 @@ def retention(
       mask: any of Causal, Valid, Segments. A padded key adds nothing, but time passes: the state
         decays there as elsewhere. Where a segment (one run of tokens) begins the state is zero.
       initial_state: of the tokens before these, in the first segment.
-      implementation: "xla", "pallas" (TPU) or "interpret"; None chooses by platform.
+      implementation: "xla", "pallas" (TPU, Hopper) or "interpret"; None chooses by platform.
     """
     o, state = ops.decay_attention(
         q * q.shape[-1] ** -0.5,

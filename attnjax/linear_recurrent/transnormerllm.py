@@ -50,7 +50,7 @@ def transnormerllm(
       mask: any of Causal, Valid, Segments. A padded key adds nothing, but time passes: the state
         decays there as elsewhere. Where a segment (one run of tokens) begins the state is zero.
       initial_state: of the tokens before these, in the first segment.
-      implementation: "xla", "pallas" (TPU) or "interpret"; None chooses by platform.
+      implementation: "xla", "pallas" (TPU, Hopper) or "interpret"; None chooses by platform.
     """
     if angle is not None:
         q, k = lrpe(q, angle), lrpe(k, angle)

@@ -76,11 +76,12 @@ def _evaluate(jaxpr, consts, *args):
     read = lambda x: jnp.asarray(x.val, x.aval.dtype) if isinstance(x, Literal) else env[x]
     for eqn in jaxpr.eqns:
         values = [read(x) for x in eqn.invars]
-        env.update(zip(eqn.outvars, _apply(eqn, varying(values, like=values)), strict=True))
+        env.update(zip(eqn.outvars, apply(eqn, varying(values, like=values)), strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
-def _apply(eqn, values):
+def apply(eqn, values) -> list:
+    """What an equation of a jaxpr gives for values that vary alike over mesh axes."""
     name, params = eqn.primitive.name, eqn.params
     if name == "pvary":
         cast = lambda x: lax.pcast(x, tuple(set(params["axes"]) - _varies(x)), to="varying")
@@ -89,7 +90,8 @@ def _apply(eqn, values):
         return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, *values)
     is_jaxpr = lambda x: hasattr(x, "eqns")
     if any(map(is_jaxpr, jax.tree.leaves(params, is_leaf=is_jaxpr))):
-        raise NotImplementedError(f"score_mod can't call {name} on several devices, jnp.where can")
+        where = "on several devices or in a kernel, jnp.where can"
+        raise NotImplementedError(f"score_mod can't call {name} {where}")
     out = eqn.primitive.bind(*values, **params)
     return out if eqn.primitive.multiple_results else [out]
 

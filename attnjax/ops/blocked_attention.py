@@ -8,6 +8,7 @@ Unlike there: one loop over query tiles in both passes, with only the tiles that
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +19,46 @@ from attnjax.core import masks
 from attnjax.ops import blocked_arguments, blocked_gradients, blocked_schedule, blocked_tile
 from attnjax.ops.blocked_arguments import zeros
 from attnjax.ops.blocked_tile import LOG2E
+from pallas_kernels import tables
 
 
 def blocked_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout, score_mod):
-    """(output, lse) as `ops.dot_product_attention` defines them; no forward-mode derivative.
+    """(output, lse) as `ops.dot_product_attention` defines them; reverse mode only.
 
     t (T) and s (S) are the positions of queries and keys.
     """
-    N, (S, K) = q.shape[2], k.shape[1:3]
-    plan = blocked_schedule.schedule(mask, t, s, K=K, G=N // K)
-    rows = jnp.asarray(masks.tile_positions(t, plan.block_q), jnp.int32)
-    columns = jnp.asarray(masks.tile_positions(s, plan.block_k), jnp.int32)
-    exists = np.arange(columns.size).reshape(columns.shape) < S
     score_mod, captured, constants = blocked_arguments.open_closure(score_mod)
-    dtype = jnp.result_type(q, k)
-    # scaling queries is cheaper than scaling scores, but rounds them where they are narrow
-    scales = (scale * LOG2E, 1.0) if dtype == jnp.float32 else (1.0, scale * LOG2E)
-    options = blocked_arguments.Options(*scales, softcap, score_mod)
-    learned = blocked_arguments.Learned(q.astype(dtype), k.astype(dtype), v, bias, sinks, captured)
-    given = blocked_arguments.Given(rows, columns, exists, mask, dropout, constants, plan)
+    learned = blocked_arguments.Learned(q, k, v, bias, sinks, captured)
+    options = dict(scale=scale, softcap=softcap, score_mod=score_mod)
+    options |= dict(mask=mask, dropout=dropout, constants=constants)
+    options, learned, given = arguments(learned, t, s, **options)
     leaves, tree = jax.tree.flatten(given)
     learned = blocked_arguments.varying(learned, like=(learned, leaves))
     return _attend(options, tree, learned, leaves)
+
+
+def arguments(learned, t, s, *, mask, dropout, constants, scale, softcap, score_mod):
+    """(Options, Learned, Given) of `blocked_arguments`; score_mod is what `open_closure` gave."""
+    N, (S, K) = learned.q.shape[2], learned.k.shape[1:3]
+    plan = blocked_schedule.schedule(mask, t, s, K=K, G=N // K, tile=_tile(learned))
+    rows = jnp.asarray(masks.tile_positions(t, plan.block_q), jnp.int32)
+    columns = jnp.asarray(masks.tile_positions(s, plan.block_k), jnp.int32)
+    exists = np.arange(columns.size).reshape(columns.shape) < S
+    dtype = jnp.result_type(learned.q, learned.k)
+    # scaling queries is cheaper than scaling scores, but rounds them where they are narrow
+    scales = (scale * LOG2E, 1.0) if dtype == jnp.float32 else (1.0, scale * LOG2E)
+    options = blocked_arguments.Options(*scales, softcap, score_mod)
+    learned = learned._replace(q=learned.q.astype(dtype), k=learned.k.astype(dtype))
+    given = blocked_arguments.Given(rows, columns, exists, mask, dropout, constants, plan)
+    return options, learned, given
+
+
+def _tile(learned):
+    """Queries and keys of a tile, if the table of the device at hand says it."""
+    q, k, v = learned[:3]
+    case = dict(dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
+    case |= dict(length=math.sqrt(q.shape[1] * k.shape[1]), implementation="blocked")
+    return tables.here().tile("block", None, "dot_product_attention", **case)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -87,7 +106,11 @@ def _forward(options, tree, learned, leaves):
 
 def _backward(options, tree, residuals, cotangents):
     learned, leaves, o, lse = residuals
-    given, (do, dlse) = tree.unflatten(leaves), cotangents
+    return gradients(options, learned, tree.unflatten(leaves), o, lse, *cotangents), None
+
+
+def gradients(options, learned, given, o, lse, do, dlse):
+    """Gradients of all that is learned, in its dtypes, by those of the output and lse."""
     empty = lse == -jnp.inf  # sees nothing: its weights and gradients must be 0, not NaN
     lse = jnp.where(empty, jnp.inf, lse)
     delta = jnp.sum(do.astype(jnp.float32) * o, -1) - dlse
@@ -97,7 +120,7 @@ def _backward(options, tree, residuals, cotangents):
         dsinks = -jnp.sum(jnp.exp(learned.sinks[None, None] - lse) * delta, (0, 1))
     grads = blocked_gradients.gradients(options, learned, given, do, lse, delta)
     grads = grads._replace(sinks=dsinks)
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, learned), None
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, learned)
 
 
 _attend.defvjp(_forward, _backward)

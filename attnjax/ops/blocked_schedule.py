@@ -97,13 +97,14 @@ def _pad(x, axis, block, fill=None):
     return jnp.pad(x, widths, "edge") if fill is None else jnp.pad(x, widths, constant_values=fill)
 
 
-def schedule(mask: masks.Mask | None, t, s, *, K: int, G: int) -> Schedule:
+def schedule(mask: masks.Mask | None, t, s, *, K: int, G: int, tile: int | None = None) -> Schedule:
     """The schedule for K key heads with G query heads each.
 
-    A mask that is known while tracing gets the tile size that costs least.
+    Tiles have `tile` queries and keys, _TILE where None; for a mask that is known while tracing
+    also a half or a quarter of that, if it costs less.
     """
     known = all(isinstance(x, np.ndarray) for x in (t, s, *jax.tree.leaves(mask)))
-    sizes = _sizes(mask, len(t), len(s))
+    sizes = _sizes(mask, len(t), len(s), tile or _TILE)
     choices = [_Tiling.of(mask, t, s, G, *size) for size in (sizes if known else sizes[:1])]
     tiling = min(choices, key=_Tiling.cost) if known else choices[0]
     states, block_q, block_k = tiling.states, tiling.block_q, tiling.block_k
@@ -122,14 +123,14 @@ def schedule(mask: masks.Mask | None, t, s, *, K: int, G: int) -> Schedule:
     )
 
 
-def _sizes(mask, T, S):
+def _sizes(mask, T, S, tile):
     """Tile sizes (queries, keys) to choose from, the largest first."""
     if blocks := list(_blocks(mask)):
-        q, k = (math.gcd(_TILE, *sizes) for sizes in zip(*blocks, strict=True))
+        q, k = (math.gcd(tile, *sizes) for sizes in zip(*blocks, strict=True))
         return [
-            (q if _ALIGN <= q <= T else _even(T, _TILE), k if _ALIGN <= k <= S else _even(S, _TILE))
+            (q if _ALIGN <= q <= T else _even(T, tile), k if _ALIGN <= k <= S else _even(S, tile))
         ]
-    return [(_even(T, size), _even(S, size)) for size in (_TILE, _TILE // 2, _TILE // 4)]
+    return [(_even(T, size), _even(S, size)) for size in (tile, tile // 2, tile // 4)]
 
 
 def _blocks(mask):

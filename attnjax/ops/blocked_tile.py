@@ -1,4 +1,4 @@
-"""The maths of one tile of scores: its scores, its share of the output, and its gradients.
+"""The maths of one tile of scores: its scores, its share of the output, gradients and tangents.
 
 A tile holds the heads of one chunk. It lies as (P, G, queries, keys) in the forward pass and as
 (P, keys, G, queries) in the backward pass, where each product then contracts along a row of its
@@ -17,6 +17,7 @@ from jax import lax
 from attnjax.ops.blocked_arguments import Given, Learned, Options
 from attnjax.ops.blocked_exp2 import exp2
 from attnjax.ops.dense_attention import over_tile
+from attnjax.ops.linear_function import push
 
 LOG2E = math.log2(math.e)
 
@@ -109,8 +110,7 @@ def attend(tile: Tile, carry, q, k, v, learned: Learned):
 
 def _attend(tile, carry, q, k, v, learned):
     o, peak, total = carry
-    x = _product(_rows(q), k.mT).reshape(*q.shape[:-1], -1)
-    y = _masked(tile, _scores(tile, x, tile.part(learned.bias), learned.captured))
+    y = _masked(tile, _of_products(tile, q, k, tile.part(learned.bias), learned.captured))
     higher = jnp.maximum(peak, y.max(-1))
     shift = jnp.where(higher == -jnp.inf, 0.0, higher)  # -inf - -inf is NaN
     weights, decay = exp2(y - shift[..., None]), exp2(peak - shift)
@@ -135,6 +135,30 @@ def gradients(tile: Tile, q, k, v, keys, do, lse, delta, learned: Learned):
     dx = dx.reshape(*dx.shape[:2], -1)
     weights = _dropped(tile, weights).reshape(dx.shape)
     return _product(keys, dx), _product(dx, q), _product(weights, do), dbias, dcaptured
+
+
+def tangents(tile: Tile, carry, arrays, moved, lse, learned: Learned, tangents: Learned):
+    """Add a tile to (sum of p dy v + p dv, sum of p dy) over keys, in float32.
+
+    arrays are q, k and v as for `attend`, `moved` their tangents. lse is in units of log 2, and inf
+    where nothing is seen. A tangent that is None is zero.
+    """
+    (q, k, v), (dq, dk, dv) = arrays, moved
+    primals = q, k, tile.part(learned.bias), learned.captured
+    changes = dq, dk, tile.part(tangents.bias), tangents.captured
+    y, dy = push(functools.partial(_of_products, tile), primals, changes)
+    weights = exp2(_masked(tile, y) - lse[..., None])
+    change = weights * (dy / LOG2E)
+    out = _product(_rows(_dropped(tile, change)), v)
+    if dv is not None:
+        out = out + _product(_rows(_dropped(tile, weights)), dv)
+    return carry[0] + out.reshape(carry[0].shape), carry[1] + change.sum(-1)
+
+
+def _of_products(tile, q, k, bias, captured):
+    """Scores before the mask, of a tile that isn't transposed."""
+    x = _product(_rows(q), k.mT).reshape(*q.shape[:-1], -1)
+    return _scores(tile, x, bias, captured)
 
 
 def _scores(tile, x, bias, captured):

@@ -49,12 +49,13 @@ def decode_attention(
         None chooses by sizes.
       return_lse: also return lse in float32, by which outputs over other keys are merged.
       implementation: "xla", which takes as many steps as the longest sequence needs; "pallas", a
-        kernel for TPU, as many as each; "interpret" runs that one on any platform, slowly. None is
-        the kernel where the call is lowered for TPU, runs whole on each device and fits.
+        kernel for TPU or Hopper GPUs, as many as each; "interpret" runs the one for TPU on any
+        platform, slowly. None is the kernel where the call is lowered for TPU, runs whole on each
+        device and fits.
 
     Returns the output in the dtype of values; a query that sees no key gives zeros. There is no
     gradient: a model is trained with `dot_product_attention`. Raises ValueError for shapes and
-    dtypes that don't fit, NotImplementedError where the kernel is asked for and doesn't fit.
+    dtypes that don't fit, NotImplementedError where a kernel is asked for that can't take them.
     """
     if q.ndim not in (3, 4):
         raise ValueError(f"q of shape {q.shape} must be (B N H) or (B T N H)")

@@ -10,6 +10,7 @@ learned logit per head that takes weight and gives no value.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -18,12 +19,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnjax.core.masks import Mask
-from attnjax.ops import flash_attention, flash_attention_gpu, flash_mask, lowered_for
+from attnjax.ops import (
+    cudnn_attention,
+    flash_attention,
+    flash_attention_gpu,
+    flash_mask,
+    lowered_for,
+    score_factors,
+)
 from attnjax.ops.blocked_attention import blocked_attention
 from attnjax.ops.dense_attention import dense_attention
 from attnjax.ops.dropout import Dropout
+from attnjax.ops.forward_mode import with_forward_mode
 from pallas_kernels import flash_attention as kernels
-from pallas_kernels import placing
+from pallas_kernels import placing, tables
 
 Implementation = Literal["dense", "blocked", "pallas", "interpret"]
 
@@ -62,30 +71,33 @@ def dot_product_attention(
       q_offset: position of the first query; keys begin at 0.
       positions: those of all queries and keys, where they are pieces of a longer sequence.
       return_lse: also return lse in float32.
-      implementation: "dense" holds the matrix (and alone has forward-mode derivatives), "blocked"
-        is exact with O(T) memory and skips tiles that the mask empties; so is "pallas", a kernel
-        for TPU or for Hopper GPUs, and "interpret" runs that for TPU on any platform, slowly. None
-        chooses by size, and above the sizes of "dense" the kernel where the call is lowered for TPU
-        and runs whole on each device: there is but one, or it is within a shard_map over all axes
-        of its mesh. On GPU it is "blocked" until someone has measured that the kernel is faster.
+      implementation: "dense" holds the matrix, "blocked" is exact with O(T) memory and skips tiles
+        that the mask empties; so is "pallas", a kernel for TPU or for Hopper GPUs, and "interpret"
+        runs that for TPU on any platform, slowly. None takes what the table of the device says
+        (`pallas_kernels.tables`): "dense" up to some size, and above it the kernel where the call
+        is lowered for TPU and runs whole on each device: there is but one, or it is within a
+        shard_map over all axes of its mesh. On GPU that is cuDNN where a table names it and it
+        honours the options, and "blocked" elsewhere.
+
+    All have forward-mode derivatives (jax.jvp, `jax.jvp` of `jax.grad`), by tiles in XLA but for
+    "dense", which alone has reverse-mode derivatives of gradients.
 
     Returns the output in v's dtype. Raises ValueError for shapes that don't fit, and
     NotImplementedError for what the kernel can't honour, where it is lowered for its platform:
-    score_mod and masks with too many tiles; on GPU bias, dropout, other dtypes than bfloat16 and
-    float16, and heads of more than 256 too.
+    masks with too many tiles and a score_mod that looks up by position; on GPU any score_mod, other
+    dtypes than bfloat16, float16 and float32, float32 where `jax.default_matmul_precision` forbids
+    TF32, heads of more than 256 (128 in float32), and devices known to be other GPUs than Hopper.
     """
-    _check(q, k, v, implementation, positions, q_offset)
+    _check(q, k, v, bias, implementation, positions, q_offset)
     T, S = q.shape[1], k.shape[1]
     # numpy, where they can be: then the mask's tiles are known while tracing
     t, s = positions or (q_offset + np.arange(T), np.arange(S))
-    if implementation is None and T * S <= _DENSE_UP_TO:
-        implementation = "dense"
     attend = {
-        None: _by_platform,
+        None: functools.partial(_by_table, return_lse=return_lse),
         "dense": dense_attention,
-        "blocked": blocked_attention,
+        "blocked": _blocked,
         "pallas": _by_kernel,
-        "interpret": functools.partial(flash_attention.flash_attention, interpret=True),
+        "interpret": functools.partial(_kernel, interpret=True),
     }[implementation]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = dict(mask=mask, bias=bias, scale=scale, softcap=softcap)
@@ -94,17 +106,78 @@ def dot_product_attention(
     return (o, lse) if return_lse else o
 
 
+def _by_table(q, k, v, t, s, *, return_lse, **options):
+    """What the table in force says; without one "dense" up to a size, and then `_by_platform`."""
+    table, width = tables.here(), max(q.shape[-1], v.shape[-1])
+    case = dict(dtype=q.dtype, head_dim=width, length=math.sqrt(len(t) * len(s)))
+    row = table.find("dot_product_attention", **case)
+    if row is None:
+        small = len(t) * len(s) <= _DENSE_UP_TO
+        return (dense_attention if small else _by_platform)(q, k, v, t, s, **options)
+    on_cuda = functools.partial(_on_cuda, return_lse=return_lse)
+    match row.implementation, table.platform:
+        case "dense", _:
+            attend = dense_attention
+        case "blocked", "tpu":
+            attend = _blocked
+        case ("blocked", _) | ("pallas", "tpu"):
+            attend = _by_platform
+        case "pallas", "cuda":
+            attend = functools.partial(on_cuda, _kernel_gpu)
+        case "cudnn", "cuda":
+            attend = _by_platform if return_lse else functools.partial(on_cuda, _cudnn)
+        case _:
+            raise ValueError(f"{row} must name an implementation that there is on {table.kind}")
+    return attend(q, k, v, t, s, **options)
+
+
+def _on_cuda(kernel, q, k, v, t, s, *, return_lse, **options):
+    """`kernel` where it is lowered for CUDA and honours the options, and else `_by_platform`."""
+    args = q, k, v, t, s
+    try:
+        fits = placing.whole() and jax.eval_shape(lambda: kernel(*args, **options))
+    except NotImplementedError:
+        fits = False
+    if not fits:
+        return _by_platform(*args, **options)
+    wanted = lambda out: out if return_lse else (out[0], None)
+    return jax.lax.platform_dependent(
+        cuda=lambda: wanted(kernel(*args, **options)),
+        default=lambda: wanted(_by_platform(*args, **options)),
+    )
+
+
+def _blocked(*args, **options):
+    return with_forward_mode(blocked_attention)(*args, **options)
+
+
+def _kernel(*args, plan=None, interpret=False, **options):
+    kernel = functools.partial(flash_attention.flash_attention, plan=plan, interpret=interpret)
+    return with_forward_mode(kernel)(*args, **options)
+
+
+def _kernel_gpu(*args, **options):
+    return with_forward_mode(flash_attention_gpu.flash_attention_gpu)(*args, **options)
+
+
+def _cudnn(*args, **options):
+    return with_forward_mode(cudnn_attention.cudnn_attention)(*args, **options)
+
+
 def _by_platform(q, k, v, t, s, **options):
     """The kernel where it is lowered for TPU and can be had; blocked elsewhere."""
     small = min(len(t), len(s)) < kernels.LANES
-    if small or options["score_mod"] is not None or not placing.whole():
-        return blocked_attention(q, k, v, t, s, **options)
-    plan = flash_attention.plan_of(q, k, v, t, s, options["mask"], options["bias"])
+    modified = score_factors.honoured(options["score_mod"], q.shape[0], q.shape[2])
+    if small or not modified or not placing.whole():
+        return _blocked(q, k, v, t, s, **options)
+    plan = flash_attention.plan_of(
+        q, k, v, t, s, *(options[name] for name in ("mask", "bias", "score_mod"))
+    )
     if not kernels.fits(plan.states.shape) or flash_mask.grows(options["mask"], t, s, plan.sizes):
-        return blocked_attention(q, k, v, t, s, **options)
+        return _blocked(q, k, v, t, s, **options)
     return jax.lax.platform_dependent(
-        tpu=lambda: flash_attention.flash_attention(q, k, v, t, s, plan=plan, **options),
-        default=lambda: blocked_attention(q, k, v, t, s, **options),
+        tpu=lambda: _kernel(q, k, v, t, s, plan=plan, **options),
+        default=lambda: _blocked(q, k, v, t, s, **options),
     )
 
 
@@ -114,8 +187,8 @@ def _by_kernel(q, k, v, t, s, **options):
     learned = q, k, v, options["bias"], options["sinks"]
     given = t, s, options["mask"], dropout and dropout.seed
     kernels = dict(
-        tpu=lambda: flash_attention.flash_attention(q, k, v, t, s, **options),
-        cuda=lambda: flash_attention_gpu.flash_attention_gpu(q, k, v, t, s, **options),
+        tpu=lambda: _kernel(q, k, v, t, s, **options),
+        cuda=lambda: _kernel_gpu(q, k, v, t, s, **options),
     )
     lse = jax.ShapeDtypeStruct(q.shape[:3], "float32")
     out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype), lse
@@ -124,7 +197,7 @@ def _by_kernel(q, k, v, t, s, **options):
     return lowered_for.one_of(kernels, learned, given, out, otherwise=otherwise)
 
 
-def _check(q, k, v, implementation, positions, q_offset):
+def _check(q, k, v, bias, implementation, positions, q_offset):
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
     N, K = q.shape[2], k.shape[2]
@@ -134,3 +207,9 @@ def _check(q, k, v, implementation, positions, q_offset):
         raise ValueError("q_offset and positions must not both be given")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"shapes don't fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    if bias is not None:
+        wanted = q.shape[0], N, q.shape[1], k.shape[1]
+        if bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, wanted, strict=True)):
+            raise ValueError(
+                f"bias of shape {bias.shape} must have shape {wanted}, or 1 in a place"
+            )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core import masks
-from attnjax.ops import blocked_arguments, flash_mask
+from attnjax.ops import blocked_arguments, flash_mask, score_factors
 from attnjax.ops import dropout as dropouts
 from pallas_kernels import flash_attention as kernels
 
@@ -33,29 +33,33 @@ def flash_attention(
     plan=None,
     interpret=False,
 ):
-    """(output, lse) as `ops.dot_product_attention` defines them; no forward-mode derivative.
+    """(output, lse) as `ops.dot_product_attention` defines them; reverse mode only.
 
     t (T) and s (S) are the positions of queries and keys; plan is theirs, where it is made already.
-    Raises NotImplementedError for a score_mod, and for masks with too many tiles.
+    Raises NotImplementedError for masks with too many tiles, and for a score_mod that looks up by
+    position.
     """
+    modify, factors, numbers = None, (), ()
     if score_mod is not None:
-        raise NotImplementedError("the kernel can't honour score_mod; implementation='blocked' can")
+        modify, factors, numbers = score_factors.factored(score_mod, q.shape[0], q.shape[2])
     dtype = jnp.result_type(q, k)
     q, k = q.astype(dtype), k.astype(dtype)
-    states, sizes = plan or plan_of(q, k, v, t, s, mask, bias)
+    states, sizes = plan or plan_of(q, k, v, t, s, mask, bias, score_mod)
     visible, arrays = flash_mask.translate(mask, t, s, sizes[:2])
-    learned = q, k, v, bias, sinks
+    learned = q, k, v, bias, sinks, factors
     static = isinstance(states, np.ndarray)
-    given = t, s, arrays, dropout and dropout.seed, None if static else states
+    given = t, s, arrays, dropout and dropout.seed, None if static else states, numbers
     # gradients of arrays that are whole in some axes of a mesh are summed where this casts
     learned, given = blocked_arguments.varying((learned, given), like=(learned, given))
-    q, k, v, bias, sinks = learned
-    t, s, arrays, seed, traced = given
+    q, k, v, bias, sinks, factors = learned
+    t, s, arrays, seed, traced, numbers = given
     mask = kernels.Mask(states if static else traced, visible, arrays)
     if dropout is not None:
         keep = functools.partial(dropouts.kept, dropout.rate)
         dropout = kernels.Dropout(dropout.rate, keep, seed)
     options = dict(bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
+    if modify is not None:
+        options |= dict(score_mod=kernels.ScoreMod(modify, factors, numbers))
     return kernels.flash_attention(q, k, v, t, s, mask, sizes=sizes, interpret=interpret, **options)
 
 
@@ -66,10 +70,11 @@ class Plan(NamedTuple):
     sizes: kernels.Sizes
 
 
-def plan_of(q, k, v, t, s, mask, bias) -> Plan:
+def plan_of(q, k, v, t, s, mask, bias, score_mod) -> Plan:
     """The tiles to take: if the mask is known while tracing, those that cost least."""
     known = all(isinstance(x, np.ndarray) for x in (t, s, *jax.tree.leaves(mask)))
     sheets = sum(x is not None and min(x.shape[2:]) > 1 for x in (bias,))
+    sheets += score_mod is not None  # what it computes takes the place of a sheet
     sizes = kernels.choices(q, k, v, sheets=sheets)
     if blocks := list(_blocks(mask)):  # tiles within blocks need no mask, and can be skipped
         sizes = [_within(blocks, sizes[0])]

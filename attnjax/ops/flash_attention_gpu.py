@@ -1,9 +1,12 @@
 """Softmax attention by Pallas kernels for Hopper GPUs, and what they are called with."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from attnjax.ops import blocked_arguments, flash_attention, flash_mask
+from attnjax.ops import dropout as dropouts
 from pallas_kernels import flash_attention as kernels
 from pallas_kernels.flash_attention import mosaic_gpu
 
@@ -29,25 +32,28 @@ def flash_attention_gpu(
     """(output, lse) as `ops.dot_product_attention` defines them; no forward-mode derivative.
 
     t (T) and s (S) are the positions of queries and keys; interpret is as the kernel's. Raises
-    NotImplementedError for bias, dropout, score_mod and what the kernel itself can't honour.
+    NotImplementedError for score_mod and what the kernel itself can't honour.
     """
-    for name, x in dict(bias=bias, dropout=dropout, score_mod=score_mod).items():
-        if x is not None:
-            raise NotImplementedError(f"the kernel for Hopper can't honour {name}; {_INSTEAD}")
+    if score_mod is not None:
+        raise NotImplementedError(f"the kernel for Hopper can't honour score_mod; {_INSTEAD}")
     dtype = jnp.result_type(q, k)
     q, k = q.astype(dtype), k.astype(dtype)
     tile = mosaic_gpu.TILE
     states = flash_attention.states_of(mask, t, s, (tile, tile))
     visible, arrays = flash_mask.translate(mask, t, s, (tile, tile))
-    learned, static = (q, k, v, sinks), isinstance(states, np.ndarray)
-    given = t, s, arrays, None if static else states
+    learned, static = (q, k, v, bias, sinks), isinstance(states, np.ndarray)
+    given = t, s, arrays, dropout and dropout.seed, None if static else states
     # gradients of arrays that are whole in some axes of a mesh are summed where this casts
     learned, given = blocked_arguments.varying((learned, given), like=(learned, given))
-    q, k, v, sinks = learned
-    t, s, arrays, traced = given
+    q, k, v, bias, sinks = learned
+    t, s, arrays, seed, traced = given
     mask = kernels.Mask(states if static else traced, visible, arrays)
-    options = dict(scale=scale, softcap=softcap, sinks=sinks, interpret=interpret)
+    if dropout is not None:
+        dropout = kernels.Dropout(
+            dropout.rate, functools.partial(dropouts.kept, dropout.rate), seed
+        )
+    options = dict(bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
     try:
-        return mosaic_gpu.flash_attention(q, k, v, t, s, mask, **options)
+        return mosaic_gpu.flash_attention(q, k, v, t, s, mask, **options, interpret=interpret)
     except NotImplementedError as error:
         raise NotImplementedError(f"{error}; {_INSTEAD}") from None

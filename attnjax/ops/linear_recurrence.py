@@ -34,8 +34,9 @@ def linear_recurrence(
       beta: with it u is the delta rule's.
       mask: any of Causal (which holds anyway), Valid, and Segments of which each is one run of
         tokens. The initial state belongs to the first segment, the final state to the last.
-      implementation: as in `pallas_kernels.linear_recurrence`. Not None by default, which is the
-        kernel on a TPU: only "xla" has forward-mode derivatives.
+      implementation: as in `pallas_kernels.linear_recurrence`, where "pallas" is a kernel for TPU
+        or for Hopper GPUs. Not None by default, which is the kernel on a TPU: only "xla" has
+        forward-mode derivatives.
       by: who asks, for error messages.
 
     Raises NotImplementedError for any other mask, ValueError for shapes that don't fit.

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jax.interpreters import batching, mlir
 
 from attnjax.ops import blocked_arguments
+from pallas_kernels import refusal
 
 
 def one_of(kernels: dict[str, Callable], learned, given, out, *, otherwise: str):
@@ -44,24 +43,11 @@ def one_of(kernels: dict[str, Callable], learned, given, out, *, otherwise: str)
     return found
 
 
-_refused_p = core.Primitive("refused")
-_refused_p.def_abstract_eval(lambda x, *, reason: x)
-batching.defvectorized(_refused_p)
-
-
-@_refused_p.def_impl
-def _raise(x, *, reason):
-    raise NotImplementedError(reason)
-
-
-mlir.register_lowering(_refused_p, lambda ctx, x, *, reason: _raise(x, reason=reason))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _refused(reason, out, learned, given):
     """What raises where it is lowered; so do its gradients, which might be all that is wanted."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
-    return _refuse(reason, blocked_arguments.varying(zeros, like=(learned, given)))
+    return refusal.refuse(reason, blocked_arguments.varying(zeros, like=(learned, given)))
 
 
 def _forward(reason, out, learned, given):
@@ -69,11 +55,7 @@ def _forward(reason, out, learned, given):
 
 
 def _backward(reason, out, learned, cotangents):
-    return _refuse(reason, jax.tree.map(lambda x: x * 0, learned)), None
-
-
-def _refuse(reason, tree):
-    return jax.tree.map(lambda x: _refused_p.bind(x, reason=reason), tree)
+    return refusal.refuse(reason, jax.tree.map(lambda x: x * 0, learned)), None
 
 
 _refused.defvjp(_forward, _backward)

@@ -18,6 +18,7 @@ from attnjax.core import masks
 from attnjax.ops import dot_product_attention as ops
 from pallas_kernels import neighborhood as kernels
 from pallas_kernels import placing
+from pallas_kernels.neighborhood import mosaic_gpu
 
 Implementation = Literal["xla", "pallas", "interpret"]
 
@@ -38,24 +39,28 @@ def neighborhood_attention(
         zeros.
       bias: added to the scores of every group; has a gradient.
       implementation: "xla" is `ops.dot_product_attention` over groups, "pallas" a kernel for TPU
-        without forward-mode derivatives, and "interpret" runs that kernel on any platform, slowly.
-        None is the kernel where the call is lowered for TPU, runs whole on each device (`placing`)
-        and a group fits into the kernel's memory, and XLA elsewhere.
+        or for Hopper GPUs without forward-mode derivatives, and "interpret" runs that for TPU on
+        any platform, slowly. None is the kernel where the call is lowered for TPU, runs whole on
+        each device (`placing`) and a group fits into the kernel's memory, and XLA elsewhere.
 
-    Raises ValueError for shapes that don't fit, and NotImplementedError for groups that are too
-    large for the kernel that was asked for.
+    Raises ValueError for shapes that don't fit, and NotImplementedError for what the kernel that
+    was asked for can't honour: on TPU groups that are too large, on GPU what
+    `pallas_kernels.flash_attention.mosaic_gpu` refuses.
     """
     _check(q, k, v, near, bias, implementation)
     by_kernel = functools.partial(_by_kernel, scale=q.shape[-1] ** -0.5)
     args = q, k, v, near, bias
     fits = kernels.fits(q, k, v, bias)
-    return placing.run(args, implementation, xla=_by_xla, tpu=by_kernel, fits=fits)
+    by_gpu = functools.partial(by_kernel, attend=mosaic_gpu.neighborhood_attention)
+    options = dict(xla=_by_xla, tpu=by_kernel, gpu=by_gpu, fits=fits)
+    return placing.run(args, implementation, **options)
 
 
-def _by_kernel(q, k, v, near, bias, *, scale, interpret=False):
+def _by_kernel(
+    q, k, v, near, bias, *, scale, attend=kernels.neighborhood_attention, interpret=False
+):
     bias = None if bias is None else bias[0]
-    options = dict(near=near, bias=bias, scale=scale, interpret=interpret)
-    return kernels.neighborhood_attention(q, k, v, **options)
+    return attend(q, k, v, near=near, bias=bias, scale=scale, interpret=interpret)
 
 
 def _by_xla(q, k, v, near, bias):

@@ -5,7 +5,9 @@ python -m attnjax.parallel.matrix          # docs/context_parallelism.md
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ from attnjax.ops import dropout
 _KEY = jax.random.key(0)
 _CAUSAL = masks.Causal()
 _DROPOUT = dropout.Dropout(0.3, _KEY)
+_ARRAYS = (jax.Array, jax.tree_util.Partial)  # what has gradients
 _PAGE = """\
 # Context parallelism
 
@@ -31,18 +34,38 @@ Written by `make docs` from [matrix.py](../attnjax/parallel/matrix.py); do not e
     fn = parallel.shard("ring(order='zigzag')", registry.get("gqa"), mesh)
 
 `yes`: outputs and gradients are those of one device, to a relative error of 1e-5 in float32, on 4
-and on 8 devices ([matrix_test.py](../tests/parallel/matrix_test.py) runs every cell). A number: the
-call is refused with the sentence below, which names what would work.
+and on 8 devices ([matrix_test.py](../tests/parallel/matrix_test.py) runs every cell, several rows of a
+column in one call where they can be). A number: the call is refused with the sentence below, which
+names what would work.
 """
 
 
 class Table(NamedTuple):
-    """Arguments of one function by what is particular about them, and strategies for it."""
+    """Calls of one function by what is particular about them, and strategies for it."""
 
     title: str
     record: registry.Mechanism
     strategies: tuple[str, ...]
-    rows: Mapping[str, dict[str, Any]]
+    ordinary: Callable[..., dict[str, Any]]  # sizes, which have defaults -> arguments
+    rows: Mapping[str, dict[str, Any]]  # sizes and arguments that are not the ordinary ones
+
+    def arguments(self, *rows: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays, options) of one call with all that is particular about some rows.
+
+        Masks are combined by &. Raises ValueError where rows differ in anything else.
+        """
+        special: dict[str, Any] = {}
+        for name, value in itertools.chain(*(self.rows[row].items() for row in rows)):
+            known = special.get(name, value)
+            if known is not value:
+                if not isinstance(known, masks.Mask) or value is None:
+                    raise ValueError(f"{name} differs in {', '.join(rows)}")
+                value = known & value
+            special[name] = value
+        sizes = special.keys() & inspect.signature(self.ordinary).parameters
+        given = self.ordinary(**{name: special.pop(name) for name in sizes}) | special
+        arrays = {name: x for name, x in given.items() if isinstance(x, _ARRAYS)}
+        return arrays, {name: x for name, x in given.items() if name not in arrays}
 
     def refusal(self, strategy: str, row: str, devices: int = 4) -> str:
         """The sentence with which a strategy refuses a row; empty where it doesn't.
@@ -51,19 +74,13 @@ class Table(NamedTuple):
         """
         shape, kinds = (1, 1, devices, 1), (jax.sharding.AxisType.Auto,) * 4
         mesh = jax.sharding.AbstractMesh(shape, sharding.AXES, axis_types=kinds)
-        arrays, options = arguments(self.rows[row])
+        arrays, options = self.arguments(row)
         run = functools.partial(parallel.shard(strategy, self.record, mesh), **options)
         try:
             jax.eval_shape(lambda arrays: run(**arrays), arrays)
         except NotImplementedError as error:
             return str(error)
         return ""
-
-
-def arguments(row: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """(arrays, options) of a row."""
-    arrays = {name: x for name, x in row.items() if isinstance(x, jax.Array)}
-    return arrays, {name: x for name, x in row.items() if name not in arrays}
 
 
 @functools.cache
@@ -90,31 +107,29 @@ def _qkv(T=16, S=16, N=8, K=2):
 
 def _softmax():
     documents = masks.Segments(jnp.array([[0] * 6 + [1] * 2 + [2] * 8, [0] * 12 + [4] * 4]))
-    padding = masks.Valid(jnp.arange(16)[None] < jnp.array([[16], [9]]))
-    by_head = masks.Dense(jax.random.bernoulli(_KEY, 0.5, (1, 8, 16, 16)))
-    options = {
-        "one key head for each query head": _qkv(K=8) | dict(mask=_CAUSAL),
-        "fewer key heads than devices": _qkv(),
-        "one key head": _qkv(K=1),
-        "heads that don't divide": _qkv(N=3, K=3),
-        "lengths that don't divide": _qkv(T=13, S=11),
-        "fewer tokens than devices": _qkv(T=3, S=3) | dict(mask=_CAUSAL),
-        "documents and padding": _qkv() | dict(mask=documents & padding & _CAUSAL),
-        "sliding window": _qkv() | dict(mask=masks.Window(3)),
-        "window on both sides": _qkv() | dict(mask=masks.Window(2, 3)),
-        "prefix": _qkv() | dict(mask=_CAUSAL | masks.Prefix(5)),
-        "neighborhood in an image": _qkv() | dict(mask=masks.Neighborhood((4, 4), (3, 3))),
-        "any mask, by head": _qkv() | dict(mask=by_head),
-        "bias": _qkv() | dict(bias=_normal(1, 8, 16, 16)),
-        "bias of keys": _qkv() | dict(bias=_normal(2, 1, 1, 16), mask=_CAUSAL),
-        "sinks, scale and softcap": _qkv() | dict(sinks=_normal(8), scale=0.7, softcap=2.0),
-        "dropout": _qkv() | dict(dropout=_DROPOUT),
-        "score_mod": _qkv() | dict(score_mod=positions.alibi(8)),
-        "implementation": _qkv() | dict(implementation="blocked", mask=_CAUSAL),
+    rows = {
+        "one key head for each query head": dict(K=8, mask=_CAUSAL),
+        "fewer key heads than devices": {},
+        "one key head": dict(K=1),
+        "heads that don't divide": dict(N=3, K=3),
+        "lengths that don't divide": dict(T=13, S=11),
+        "fewer tokens than devices": dict(T=3, S=3),
+        "documents and padding": dict(mask=documents & _padding() & _CAUSAL),
+        "sliding window": dict(mask=masks.Window(3)),
+        "window on both sides": dict(mask=masks.Window(2, 3)),
+        "prefix": dict(mask=_CAUSAL | masks.Prefix(2)),
+        "neighborhood in an image": dict(mask=masks.Neighborhood((4, 4), (3, 3))),
+        "any mask, by head": dict(mask=_by_head()),
+        "bias": dict(bias=_normal(1, 8, 16, 16)),
+        "bias of keys": dict(bias=_normal(2, 1, 1, 16), mask=_CAUSAL),
+        "sinks, scale and softcap": dict(sinks=_normal(8), scale=0.7, softcap=2.0),
+        "dropout": dict(dropout=_DROPOUT),
+        "score_mod": dict(score_mod=_learned_alibi()),
+        "implementation": dict(implementation="blocked"),
     }
     strategies = ("ring", "ring(order='zigzag')", "ring(order='striped')", "ring_self_attention")
     strategies += ("gather", "gather(order='zigzag')", "all_to_all", "all_to_all_ring(heads=2)")
-    return Table("Softmax attention", _any_softmax(), (*strategies, "halo"), options)
+    return Table("Softmax attention", _any_softmax(), (*strategies, "halo"), _qkv, rows)
 
 
 def _any_softmax():
@@ -123,16 +138,28 @@ def _any_softmax():
     return dataclasses.replace(record, fn=ops.dot_product_attention)
 
 
+def _padding():
+    return masks.Valid(jnp.arange(16)[None] < jnp.array([[16], [9]]))
+
+
+def _by_head():
+    return masks.Dense(jax.random.bernoulli(_KEY, 0.5, (1, 8, 16, 16)))
+
+
+def _learned_alibi():
+    """A score_mod whose slopes have a gradient."""
+    lower = lambda slopes, score, b, n, t, s: score - slopes[n] * jnp.abs(t - s)
+    return jax.tree_util.Partial(lower, jnp.asarray(positions.alibi_slopes(8)))
+
+
 def _heads():
-    by_head = masks.Dense(jax.random.bernoulli(_KEY, 0.5, (1, 8, 16, 16)))
-    more = dict(mask=by_head, bias=_normal(1, 8, 16, 16), sinks=_normal(8), dropout=_DROPOUT)
+    more = dict(mask=_by_head(), bias=_normal(1, 8, 16, 16), sinks=_normal(8), dropout=_DROPOUT)
     rows = {
-        "fewer key heads than devices, and every option by head": _qkv()
-        | more
-        | dict(score_mod=positions.alibi(8)),
-        "heads that don't divide": _qkv(N=3, K=3),
+        "fewer key heads than devices, and every option by head": more
+        | dict(score_mod=_learned_alibi()),
+        "heads that don't divide": dict(N=3, K=3),
     }
-    return Table("Softmax attention by heads", _any_softmax(), ("tensor",), rows)
+    return Table("Softmax attention by heads", _any_softmax(), ("tensor",), _qkv, rows)
 
 
 def _linear(T=16, N=8):
@@ -144,63 +171,68 @@ def _packed(T=16):
 
 
 def _recurrence():
-    head = lambda N=8: dict(log_decay=-jnp.linspace(0.1, 1, N))
-    padding = masks.Valid(jnp.arange(16)[None] < jnp.array([[16], [9]]))
+    ordinary = lambda T=16, N=8: _linear(T, N) | dict(log_decay=-jnp.linspace(0.1, 1, N))
     state = dict(initial_state=_normal(2, 8, 4, 3), return_state=True)
     rows = {
-        "causal": _linear() | head(),
-        "without a mask": _linear() | head() | dict(mask=None),
-        "documents and padding": _linear() | head() | dict(mask=_packed() & padding & _CAUSAL),
-        "state in and out": _linear() | head() | state,
-        "state of a length that doesn't divide": _linear(T=13) | head() | state,
-        "lengths that don't divide": _linear(T=13) | head(),
-        "heads that don't divide": _linear(N=3) | head(3),
+        "causal": {},
+        "without a mask": dict(mask=None),
+        "documents and padding": dict(mask=_packed() & _padding() & _CAUSAL),
+        "state in and out": state,
+        "state of a length that doesn't divide": dict(T=13) | state,
+        "lengths that don't divide": dict(T=13),
+        "heads that don't divide": dict(N=3),
     }
     record = registry.get("lightning_attention_2")
-    return Table("Recurrences with a decay", record, ("pass_state", "all_to_all"), rows)
+    strategies = ("pass_state", "all_to_all")
+    return Table("Recurrences with a decay", record, strategies, ordinary, rows)
 
 
 def _delta_rule():
-    k = _normal(2, 13, 8, 4)
-    row = _linear(T=13) | dict(k=k / jnp.linalg.norm(k, axis=-1, keepdims=True))
-    row |= dict(beta=jax.random.uniform(_KEY, (2, 13, 8)), mask=_packed(13) & _CAUSAL)
-    rows = {"documents, and a length that doesn't divide": row}
+    def ordinary():
+        k = _normal(2, 13, 8, 4)
+        beta = jax.random.uniform(_KEY, (2, 13, 8))
+        unit = dict(k=k / jnp.linalg.norm(k, axis=-1, keepdims=True), beta=beta)
+        return _linear(T=13) | unit | dict(mask=_packed(13) & _CAUSAL)
+
+    rows = {"documents, and a length that doesn't divide": {}}
     record = registry.get("delta_net")
-    return Table("The delta rule", record, ("pass_state", "all_to_all"), rows)
+    return Table("The delta rule", record, ("pass_state", "all_to_all"), ordinary, rows)
 
 
 def _blocks():
     padding = masks.Valid(jnp.arange(11)[None] < jnp.array([[11], [8]]))
-    row = _qkv(T=11, S=11, N=4) | dict(block=2, topk=3, mask=padding)
-    rows = {"padding, and a length that doesn't divide": row}
-    return Table("Chosen blocks of keys", registry.get("moba"), ("block_ring",), rows)
+    ordinary = lambda: _qkv(T=11, S=11, N=4) | dict(block=2, topk=3, mask=padding)
+    rows = {"padding, and a length that doesn't divide": {}}
+    record = registry.get("moba")
+    return Table("Chosen blocks of keys", record, ("block_ring",), ordinary, rows)
 
 
 def _latents():
     record = registry.get("tpla")
     latent = lambda J: dict(latent=_normal(2, 13, J, 5), up=_normal(J, 5, 4, 14) / 4)
-    example = lambda J: record.example(_KEY, 13) | latent(J) | dict(shares=jnp.full(J, 1 / J))
-    rows = {"slices that divide": example(8), "slices that don't divide": example(3)}
-    return Table("Slices of a latent", record, ("latent",), rows)
+    shares = lambda J: dict(shares=jnp.full(J, 1 / J))
+    ordinary = lambda J=8: record.example(_KEY, 13) | latent(J) | shares(J)
+    rows = {"slices that divide": {}, "slices that don't divide": dict(J=3)}
+    return Table("Slices of a latent", record, ("latent",), ordinary, rows)
 
 
 def _neighborhoods():
-    grid = lambda *shape: _alike(1, *shape, 2, 4)
+    ordinary = lambda shape=(16,), window=3: _alike(1, *shape, 2, 4) | dict(window=window)
     both = dict(window=(3, 2), stride=(2, 1), dilation=(2, 1), causal=(True, False))
     rows = {
-        "one axis": grid(16) | dict(window=3),
-        "strides, and a length that doesn't divide": grid(13) | dict(window=5, stride=3),
-        "blocks": grid(16) | dict(window=4, stride=4),
-        "two axes, dilated, causal along one": grid(11, 3) | both,
-        "three axes": grid(9, 3, 2) | dict(window=(3, 2, 2)),
+        "one axis": {},
+        "strides, and a length that doesn't divide": dict(shape=(13,), window=5, stride=3),
+        "blocks": dict(window=4, stride=4),
+        "two axes, dilated, causal along one": dict(shape=(11, 3)) | both,
+        "three axes": dict(shape=(9, 3, 2), window=(3, 2, 2)),
     }
-    return Table("Neighborhoods", registry.get("gna"), ("halo",), rows)
+    return Table("Neighborhoods", registry.get("gna"), ("halo",), ordinary, rows)
 
 
 def _swin():
-    grid = _alike(1, 13, 5, 2, 4) | dict(bias=_normal(1, 2, 9, 9))
-    rows = {f"{shift=}": grid | dict(window=3, shift=shift) for shift in (0, 1)}
-    return Table("Windows that shift", registry.get("swin"), ("halo",), rows)
+    grid = lambda: _alike(1, 13, 5, 2, 4) | dict(bias=_normal(1, 2, 9, 9), window=3)
+    rows = {f"{shift=}": dict(shift=shift) for shift in (0, 1)}
+    return Table("Windows that shift", registry.get("swin"), ("halo",), grid, rows)
 
 
 def page() -> str:

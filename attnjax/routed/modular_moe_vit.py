@@ -228,6 +228,7 @@ SPEC = registry.Mechanism(
             Claim.MASKABLE,
             Claim.PERMUTATION_EQUIVARIANT,
             Claim.LINEAR_MEMORY,
+            Claim.FORWARD_MODE,
         }
     ),
 )

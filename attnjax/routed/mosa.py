@@ -179,5 +179,7 @@ SPEC = registry.Mechanism(
         dict(sparsity=8),
         dict(sparsity=3, mask=masks.Causal(), keep_first=True, rotary_base=100.0),
     ),
-    claims=frozenset({Claim.MASKABLE, Claim.PERMUTATION_EQUIVARIANT, Claim.LINEAR_MEMORY}),
+    claims=frozenset(
+        {Claim.MASKABLE, Claim.PERMUTATION_EQUIVARIANT, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE}
+    ),
 )

@@ -243,6 +243,7 @@ SPEC = registry.Mechanism(
             Claim.LINEAR_MEMORY,
             Claim.CONTEXT_PARALLEL,
             Claim.PERMUTATION_EQUIVARIANT,
+            Claim.FORWARD_MODE,
         }
     ),
     context=("gather",),

@@ -223,6 +223,7 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
             Claim.CONTEXT_PARALLEL,
+            Claim.FORWARD_MODE,
         }
     ),
     context=("gather",),

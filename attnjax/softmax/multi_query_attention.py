@@ -86,6 +86,7 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
             Claim.CONTEXT_PARALLEL,
+            Claim.FORWARD_MODE,
         }
     ),
     context=("ring", "gather", "all_to_all", "all_to_all_ring", "ring_self_attention", "halo"),

@@ -198,6 +198,7 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
             Claim.CONTEXT_PARALLEL,
+            Claim.FORWARD_MODE,
         }
     ),
     context=("gather",),

@@ -181,6 +181,7 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.CONTEXT_PARALLEL,
+            Claim.FORWARD_MODE,
         }
     ),
     context=("gather",),

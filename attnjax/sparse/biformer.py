@@ -153,4 +153,5 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=({}, dict(regions=3, topk=2)),
+    claims=frozenset({registry.Claim.FORWARD_MODE}),
 )

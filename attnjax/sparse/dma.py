@@ -224,6 +224,7 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
+            Claim.FORWARD_MODE,
         }
     ),
 )

@@ -22,6 +22,7 @@ later tokens (through the choice alone): that is neither causal nor streamable. 
 cache get full attention, as the authors' decoding does.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -45,6 +46,7 @@ def flexprefill(
     block: int = 128,
     least: int = 1,
     q_offset: int | Int[Array, ""] = 0,
+    implementation: ops.Implementation | None = None,
 ) -> Float[Array, "B T N V"]:
     """Attention of a prompt to itself, each query seeing no later keys; in v's dtype.
 
@@ -54,17 +56,20 @@ def flexprefill(
       tau: distance below which a head chooses by block means; 0 is never, 1 always.
       least: columns and diagonals that every head gets at least.
       q_offset: other than the int 0, the queries follow a cache and attention is full.
+      implementation: of the attention, as in `ops.dot_product_attention`. Blocks that are whole
+        tiles of its kernels are skipped there; other sizes take memory for each pair of tokens.
 
     Raises ValueError for wrong options and for a prompt with other keys than its own.
     """
     masks.select(mask, masks.Causal, by="flexprefill")
+    attend = functools.partial(ops.dot_product_attention, implementation=implementation)
     if not (isinstance(q_offset, int) and q_offset == 0):
-        return ops.dot_product_attention(q, k, v, mask=masks.Causal(), q_offset=q_offset)
+        return attend(q, k, v, mask=masks.Causal(), q_offset=q_offset)
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {q.shape} must be of the tokens of k {k.shape}")
     selected = select(q, k, gamma=gamma, tau=tau, block=block, least=least)
     mask = masks.Blocks(selected, block, block) & masks.Causal()
-    return ops.dot_product_attention(q, k, v, mask=mask)
+    return attend(q, k, v, mask=mask)
 
 
 def select(
@@ -208,5 +213,5 @@ SPEC = registry.Mechanism(
         dict(block=5, gamma=0.4, tau=1.0, least=2),
         dict(block=8, gamma=0.7, tau=0.3),
     ),
-    claims=frozenset({Claim.DENSE_TWIN}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.FUSED, Claim.FORWARD_MODE}),
 )

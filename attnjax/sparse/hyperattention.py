@@ -230,5 +230,5 @@ SPEC = registry.Mechanism(
         dict(block=16),
         dict(block=10, min_length=20, mask=masks.Causal()),
     ),
-    claims=frozenset({Claim.DENSE_TWIN, Claim.LINEAR_MEMORY}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE}),
 )

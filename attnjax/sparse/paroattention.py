@@ -171,8 +171,8 @@ def _blocks(weights, at, block):
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array | np.ndarray]:
     q, k, v = jax.random.normal(key, (3, 2, T, 2, 2, 2, 8))
     L = -(-4 * T // 16)
-    selected = jax.random.bernoulli(key, 0.4, (2, L, L)) | jnp.eye(L, dtype=bool)[None]
-    return dict(q=q, k=k, v=v, selected=np.asarray(selected))
+    selected = (np.random.default_rng(T).random((2, L, L)) < 0.4) | np.eye(L, dtype=bool)
+    return dict(q=q, k=k, v=v, selected=selected)
 
 
 def _untouched(q, k, v, selected):

@@ -213,5 +213,7 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=({}, dict(window=30, mask=masks.Causal())),
-    claims=frozenset({Claim.MASKABLE, Claim.PERMUTATION_EQUIVARIANT, Claim.DENSE_TWIN}),
+    claims=frozenset(
+        {Claim.MASKABLE, Claim.PERMUTATION_EQUIVARIANT, Claim.DENSE_TWIN, Claim.FORWARD_MODE}
+    ),
 )

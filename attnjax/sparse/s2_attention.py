@@ -194,6 +194,7 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.FORWARD_MODE,
         }
     ),
 )

@@ -198,5 +198,5 @@ SPEC = registry.Mechanism(
         dict(block_q=4, block_k=2, local=4, threshold=0.3),
         dict(block_q=8, block_k=4, local=0, threshold=(0.0, 0.2, 0.4, 9.0)),
     ),
-    claims=frozenset({Claim.DENSE_TWIN}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.FORWARD_MODE}),
 )

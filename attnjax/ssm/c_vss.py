@@ -140,5 +140,5 @@ SPEC = registry.Mechanism(
     papers=("sum",),
     example=_example,
     oracle=_oracle,
-    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}),
+    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FUSED, Claim.FORWARD_MODE}),
 )

@@ -140,5 +140,5 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=(dict(patterns=("raster", "snake", "spiral"), threshold=1.0),),
-    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}),
+    claims=frozenset({Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FUSED, Claim.FORWARD_MODE}),
 )

@@ -181,6 +181,12 @@ SPEC = registry.Mechanism(
     oracle=_oracle,
     variants=(dict(region=3),),
     claims=frozenset(
-        {Claim.MASKABLE, Claim.LINEAR_MEMORY, Claim.LINEAR_COMPUTE, Claim.FORWARD_MODE}
+        {
+            Claim.MASKABLE,
+            Claim.LINEAR_MEMORY,
+            Claim.LINEAR_COMPUTE,
+            Claim.FUSED,
+            Claim.FORWARD_MODE,
+        }
     ),
 )

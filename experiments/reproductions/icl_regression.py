@@ -66,7 +66,7 @@ def train(module, config, label):
     prompts = functools.partial(draw, batch_size=config.batch_size, dim=config.dim,
                                 num_examples=config.num_examples)  # fmt: skip
     loss = lambda params, x, y: jnp.mean((predict(module, params, x) - y) ** 2)
-    params = module.init(jax.random.key(config.seed), prompts(jax.random.key(0))[0])
+    params = fitting.initial(module, prompts, seed=config.seed)
     options = dict(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed)
     params = fitting.fit(loss, params, prompts, label=label, **options)
     return params, fitting.mean_loss(loss, params, prompts, batches=100, seed=config.seed + 1)

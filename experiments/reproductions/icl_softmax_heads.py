@@ -14,7 +14,9 @@ attention, for comparison, has the scale 1/N of the prompts it was trained on.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax.core import registry
 from experiments import fitting
@@ -44,7 +46,9 @@ def run(config: Config) -> list[Finding]:
         params[name], error[name] = icl_regression.train(module, config, name)
         modules[name] = module
     diagonal, balance = weights(params["two heads"]["params"], config.dim)
-    longer = {name: at_length(modules[name], params[name], config, 2) for name in modules}
+    longer = {
+        name: at_length(modules[name], params[name], config, 2) for name in ("two heads", "linear")
+    }
     rises = lambda name: f"{name}: {error[name]:.3f} to {longer[name]:.3f}"
     return [
         Finding(
@@ -76,12 +80,13 @@ def run(config: Config) -> list[Finding]:
 
 def weights(params, dim: int) -> tuple[float, float]:
     """(off-diagonal share of the products on x, imbalance of the values), over all heads."""
+    params = jax.device_get(params)
     q, k, v = (params[name]["heads"]["kernel"] for name in ("query", "key", "value"))
-    products = jnp.einsum("DNH,ENH->NDE", q, k)[:, :dim, :dim]
-    on = jnp.abs(jnp.diagonal(products, axis1=1, axis2=2)).mean()
-    off = jnp.abs(products * (1 - jnp.eye(dim))[None]).sum() / (len(products) * dim * (dim - 1))
-    mu = jnp.einsum("NV,NV->N", v[-1], params["out"]["merge"]["kernel"][..., -1])
-    return float(off / on), float(jnp.abs(mu.sum()) / jnp.abs(mu).max())
+    products = np.einsum("DNH,ENH->NDE", q, k)[:, :dim, :dim]
+    on = np.abs(np.diagonal(products, axis1=1, axis2=2)).mean()
+    off = np.abs(products * (1 - np.eye(dim))).sum() / (len(products) * dim * (dim - 1))
+    mu = np.einsum("NV,NV->N", v[-1], params["out"]["merge"]["kernel"][..., -1])
+    return float(off / on), float(np.abs(mu.sum()) / np.abs(mu).max())
 
 
 def at_length(module, params, config, times: int) -> float:

@@ -63,7 +63,7 @@ def train(config, model, data, label: str) -> float:
         right = model.apply(params, tokens).argmax(-1) == targets
         return (right * weights).sum() / weights.sum()
 
-    params = model.init(jax.random.key(config.seed), data(jax.random.key(0))[0])
+    params = fitting.initial(model, data, seed=config.seed)
     options = dict(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed)
     params = fitting.fit(loss, params, data, label=label, **options)
     return fitting.mean_loss(accuracy, params, data, batches=20, seed=config.seed + 1)

@@ -12,6 +12,7 @@ gives it; d heads of one feature each have the same parameters for queries and k
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -64,12 +65,17 @@ def draw(key, *, batch_size: int, dim: int, num_points: int):
     return query, points, jnp.take_along_axis(points, nearest[:, None, None], 1)[:, 0]
 
 
-def by_hand(config: Config, sharpness: float) -> float:
-    """The error of one head whose queries and keys are a multiple of the identity."""
-    query, points, nearest = draw(jax.random.key(config.seed), **_sizes(config))
+def by_hand(config: Config, multiples: Sequence[float]) -> dict[float, float]:
+    """The errors of one head whose queries and keys are multiples of the identity."""
     attend = registry.get("multi_head_attention").fn
-    o = attend(sharpness * query[:, None, None], points[:, :, None], points[:, :, None])
-    return float(jnp.mean(jnp.sum((o[:, 0, 0] - nearest) ** 2, -1)))
+
+    @jax.jit
+    def error(multiple):
+        query, points, nearest = draw(jax.random.key(config.seed), **_sizes(config))
+        o = attend(multiple * query[:, None, None], points[:, :, None], points[:, :, None])
+        return jnp.mean(jnp.sum((o[:, 0, 0] - nearest) ** 2, -1))
+
+    return {multiple: float(error(multiple)) for multiple in multiples}
 
 
 def _sizes(config):
@@ -82,7 +88,7 @@ def train(config: Config, module: Retrieve, label: str) -> float:
     loss = lambda params, x, points, y: jnp.mean(
         jnp.sum((module.apply(params, x, points) - y) ** 2, -1)
     )
-    params = module.init(jax.random.key(config.seed), *data(jax.random.key(0))[:2])
+    params = fitting.initial(module, data, seed=config.seed, inputs=2)
     options = dict(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed)
     params = fitting.fit(loss, params, data, label=label, **options)
     return fitting.mean_loss(loss, params, data, batches=50, seed=config.seed + 1)
@@ -90,7 +96,7 @@ def train(config: Config, module: Retrieve, label: str) -> float:
 
 def run(config: Config) -> list[Finding]:
     """The head by hand, then both kinds trained."""
-    sharp = {beta: by_hand(config, beta) for beta in (10.0, 100.0, 1000.0, 10000.0)}
+    sharp = by_hand(config, (10.0, 100.0, 1000.0, 10000.0))
     full = train(config, Retrieve(1, config.dim), "one head of full rank")
     thin = train(config, Retrieve(config.dim, 1), f"{config.dim} heads of rank 1")
     return [

@@ -110,7 +110,7 @@ def accuracy(config, data, mixer: str) -> float:
     right = lambda params, tokens, at, values: jnp.mean(
         model.apply(params, tokens, at=at).argmax(-1) == values
     )
-    params = model.init(jax.random.key(config.seed), data(jax.random.key(0))[0])
+    params = fitting.initial(model, data, seed=config.seed)
     options = dict(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed)
     params = fitting.fit(loss, params, data, label=mixer, **options)
     return fitting.mean_loss(right, params, data, batches=20, seed=config.seed + 1)

@@ -24,8 +24,6 @@ from attnjax.tasks import source_text
 from experiments import fitting
 from experiments.finding import Finding
 
-_TOPS = (1, 2, 4, 8, 16, 32)
-_LENGTHS = (16, 32, 64, 128)
 _TEMPERATURES = (1.0, 0.1, 0.01)
 
 
@@ -37,6 +35,10 @@ class Config:
     """Of a token, in the model."""
     top: int = 4
     """N, the tokens that are selected, where it isn't varied."""
+    tops: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """N, where it is varied, from the smallest up."""
+    lengths: tuple[int, ...] = (16, 32, 64, 128)
+    """Bytes of a window, from the shortest to that of training."""
     batch_size: int = 32
     """Windows in an update, and in a measurement."""
     steps: int = 600
@@ -53,10 +55,10 @@ def corpus(split: str) -> jax.Array:
     return jnp.asarray(source_text.SourceText(split, length=size)[0]["inputs"])
 
 
-def draw(key, text, *, batch_size: int):
+def draw(key, text, *, batch_size: int, length: int = 128):
     """(bytes, the bytes after them) from random places of a text."""
-    start = jax.random.randint(key, (batch_size, 1), 0, len(text) - _LENGTHS[-1])
-    window = text[start + jnp.arange(_LENGTHS[-1] + 1)[None]]
+    start = jax.random.randint(key, (batch_size, 1), 0, len(text) - length)
+    window = text[start + jnp.arange(length + 1)[None]]
     return window[:, :-1], window[:, 1:]
 
 
@@ -70,10 +72,14 @@ def train(config: Config):
         log_p = jax.nn.log_softmax(model.apply(params, tokens))
         return -jnp.take_along_axis(log_p, targets[..., None], -1).mean()
 
-    data = functools.partial(draw, text=corpus("train"), batch_size=config.batch_size)
-    params = model.init(jax.random.key(config.seed), data(jax.random.key(0))[0])
+    data = functools.partial(draw, text=corpus("train"), **_sizes(config))
+    params = fitting.initial(model, data, seed=config.seed)
     options = dict(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed)
     return model, fitting.fit(loss, params, data, label="language model", **options)
+
+
+def _sizes(config):
+    return dict(batch_size=config.batch_size, length=config.lengths[-1])
 
 
 def look(model, params, tokens):
@@ -88,29 +94,37 @@ def look(model, params, tokens):
     return logits, jnp.broadcast_to(x[:, :, None], (*logits.shape, x.shape[-1]))
 
 
-def statistic(name: str, logits, x, *, top: int = 1, temperature: float = 1.0):
-    """One of `softmax_limits`, for every row; what it doesn't need isn't computed."""
-    options = dict(top=top, temperature=temperature)
-    return jax.jit(lambda *rows: limits.softmax_limits(*rows, **options)[name])(logits, x)
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def measure(model, params, tokens, config: Config):
+    """What is varied, over all rows: (mass, {top: share}, {length: distance}, {t: slope}).
+
+    One program, in which nothing is computed that these don't need.
+    """
+    seen = {S: look(model, params, tokens[:, -S:]) for S in config.lengths}
+    longest = seen[config.lengths[-1]]
+    of = lambda name, rows, **options: limits.softmax_limits(*rows, **options)[name]
+    return (
+        of("mass", longest, top=config.top).mean(),
+        {N: of("distinguishable", longest, top=N).mean() for N in config.tops},
+        {S: of("distance", rows, top=config.top).mean() for S, rows in seen.items()},
+        {t: of("jacobian_norm", longest, top=1, temperature=t) for t in _TEMPERATURES},
+    )
 
 
 def run(config: Config) -> list[Finding]:
     """Trains the model, and looks at its weights."""
     model, params = train(config)
-    tokens, _ = draw(jax.random.key(config.seed + 1), corpus("test"), batch_size=config.batch_size)
-    seen = {S: look(model, params, tokens[:, -S:]) for S in _LENGTHS}
-    longest = seen[_LENGTHS[-1]]
-    mass = float(statistic("mass", *longest, top=config.top).mean())
-    share = {N: float(statistic("distinguishable", *longest, top=N).mean()) for N in _TOPS}
-    distance = {S: float(statistic("distance", *seen[S], top=config.top).mean()) for S in _LENGTHS}
-    slope = {t: statistic("jacobian_norm", *longest, temperature=t) for t in _TEMPERATURES}
+    tokens, _ = draw(jax.random.key(config.seed + 1), corpus("test"), **_sizes(config))
+    found = measure(model, params, tokens, config)
+    mass, share, distance, slope = jax.device_get(found)
+    slope = {t: slope[t] for t in _TEMPERATURES}  # in their order
     falls = lambda x: list(x.values()) == sorted(x.values(), reverse=True)
     return [
         Finding(
-            claim=f"the model selects: {config.top} of {_LENGTHS[-1]} tokens have most weight",
+            claim=f"the model selects: {config.top} of {tokens.shape[1]} tokens have most weight",
             expected="above 50 %",
             seen=f"{100 * mass:.1f} %",
-            agrees=mass > 0.5,
+            agrees=bool(mass > 0.5),
         ),
         Finding(
             claim="the more tokens are selected, the fewer are told from the rest",

@@ -1,4 +1,4 @@
-r"""Exact softmax attention to chosen blocks of keys on TPU, in time of what is chosen.
+r"""Exact softmax attention to chosen blocks of keys, in time of what is chosen.
 
     lse_t = log(sum_s exp(q_t . k_s / sqrt(H)))         over the keys s that t sees in its blocks
     o_t   = sum_s exp(q_t . k_s / sqrt(H) - lse_t) v_s
@@ -10,7 +10,8 @@ tile has one block and a query lies in A tiles, whose outputs are merged by thei
 kernel is given tiles of queries and for each its blocks, and walks over these pairs alone.
 
 `rows` lays queries into tiles and merges, `walk` says which pair comes when, `tile` is the maths of
-one, `mosaic_tpu` are the kernels, `vjp` ties them together. Source: Lu et al., "MoBA",
+one, `mosaic_tpu` are the kernels for TPU, `vjp` ties them together; `mosaic_gpu` is the form for
+Hopper. Source: Lu et al., "MoBA",
 arXiv:2502.13189, section 2.3 (lining up); Dao, "FlashAttention-2".
 
 Unlike there: the query heads of a key head are lined up together, and a tile belongs to no head.
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.block_sparse import rows, vjp, walk
+from pallas_kernels.block_sparse import mosaic_tpu, rows, vjp, walk
 from pallas_kernels.block_sparse.tile import Options
 
 Implementation = Literal["xla", "pallas", "interpret"]
@@ -32,7 +33,6 @@ _MOST = 512  # queries and keys of a tile
 _LEAST = 64  # queries of a run that is worth a tile of its own
 _VMEM = 14 * 2**20  # bytes, of the 16 MiB that a kernel has unless it asks for more
 _LANES = 128
-_MOST_KEYS = 2**31  # that an integer tells apart
 
 
 class Mask(NamedTuple):
@@ -46,6 +46,25 @@ class Mask(NamedTuple):
 
     visible: Callable[..., jax.Array] | None = None
     arrays: tuple[Shaped[Array, "#B 1 #T #S"], ...] = ()
+
+    def by_token(self, t: Int[Array, "T"]) -> tuple[Callable | None, tuple, tuple]:
+        """(`visible` of numbers by query, t first, and by key; numbers by query; by key)."""
+        if self.visible is None:
+            return None, (), ()
+        number = lambda x: x.astype(jnp.int32) if x.dtype == bool else x
+        of_key = [x.shape[3] > 1 for x in self.arrays]
+        by_query = [number(x)[:, 0, :, 0] for x in self.arrays if x.shape[3] == 1]
+        by_key = [number(x)[:, 0, 0] for x in self.arrays if x.shape[3] > 1]
+        boolean = [x.dtype == bool for x in self.arrays]
+
+        def visible(t, s, *numbers):
+            rows, columns = iter(numbers[: len(by_query)]), iter(numbers[len(by_query) :])
+            found = [next(columns if x else rows) for x in of_key]
+            return self.visible(
+                t, s, *(x != 0 if y else x for x, y in zip(found, boolean, strict=True))
+            )
+
+        return visible, (t[None], *by_query), tuple(by_key)
 
 
 def block_sparse_attention(
@@ -76,14 +95,14 @@ def block_sparse_attention(
     if not plan.fits:
         raise NotImplementedError(
             f"{plan.pairs} pairs of a tile and a block must be at most {walk.MOST_PAIRS}, and "
-            f"{plan.keys} keys of their sort {_MOST_KEYS}: larger or fewer blocks have fewer"
+            f"{plan.keys} keys of their sort {rows.MOST_KEYS}: larger or fewer blocks have fewer"
         )
     if plan.query_block == 1:
         selected = jnp.repeat(selected, query_block, 1)[:, : q.shape[1]]
-    visible, by_query, by_key = _sorted(mask, t)
+    visible, by_query, by_key = mask.by_token(t)
     given = vjp.Given(selected, by_query, by_key)
     options = Options(q.shape[-1] ** -0.5, visible, k.shape[1], block, plan.parts)
-    static = vjp.Static(options, plan.query_block, plan.size, interpret)
+    static = vjp.Static(mosaic_tpu, options, plan.query_block, plan.size, interpret)
     return vjp.attend(static, vjp.Learned(q, k, v), given)
 
 
@@ -99,7 +118,7 @@ class Plan(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether scalar memory has room for the pairs, and integers for the keys."""
-        return self.pairs <= walk.MOST_PAIRS and self.keys <= _MOST_KEYS
+        return self.pairs <= walk.MOST_PAIRS and self.keys <= rows.MOST_KEYS
 
 
 def plan_of(q, k, v, selected, *, block: int, query_block: int = 1) -> Plan:
@@ -127,23 +146,3 @@ def _most(q, v):
     width = sum(-(-x.shape[-1] // _LANES) * _LANES for x in (q, v))
     need = lambda size: 4 * 4 * size**2 + 4 * 7 * size * width
     return next(size for size in (_MOST, 256, 128, 64, 32, 16, 8) if need(size) <= _VMEM)
-
-
-def _sorted(mask, t):
-    """(`visible` of numbers by query and then by key, numbers by query, by key)."""
-    if mask.visible is None:
-        return None, (), ()
-    number = lambda x: x.astype(jnp.int32) if x.dtype == bool else x
-    of_key = [x.shape[3] > 1 for x in mask.arrays]
-    by_query = [number(x)[:, 0, :, 0] for x in mask.arrays if x.shape[3] == 1]
-    by_key = [number(x)[:, 0, 0] for x in mask.arrays if x.shape[3] > 1]
-    boolean = [x.dtype == bool for x in mask.arrays]
-
-    def visible(t, s, *numbers):
-        rows, columns = iter(numbers[: len(by_query)]), iter(numbers[len(by_query) :])
-        found = [next(columns if x else rows) for x in of_key]
-        return mask.visible(
-            t, s, *(x != 0 if y else x for x, y in zip(found, boolean, strict=True))
-        )
-
-    return visible, (t[None], *by_query), tuple(by_key)

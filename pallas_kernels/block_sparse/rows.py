@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.block_sparse.walk import Pairs
 
+MOST_KEYS = 2**31  # of a sort, that an integer tells apart
 _CHUNK = 256  # pairs that are compared with one another
 
 
@@ -30,6 +31,7 @@ def lay(selected: Int[Array, "R A"], *, L: int, X: int) -> Tiles:
 
     Made for TPU, where a sort of more than single numbers takes minutes to compile and a scatter
     goes one by one: places are counted, by comparisons that a compiler sums without storing them.
+    More than MOST_KEYS pairs times blocks, which the form for TPU doesn't have, are sorted by both.
     """
     (R, A), selected = selected.shape, selected.T  # few numbers in the last axis take as many lanes
     blocks = selected.reshape(-1)
@@ -45,16 +47,19 @@ def lay(selected: Int[Array, "R A"], *, L: int, X: int) -> Tiles:
     slot = nth + jnp.where(of_block, begin[:, None], 0).sum(-1)
     block = jnp.minimum(jnp.searchsorted(end, tile, side="right", method="compare_all"), L - 1)
     nth = X * (tile - (end - tiles)[block])  # of the block's pairs, that the tile begins with
-    query = _by_block(selected, (jnp.cumsum(count) - count)[block] + nth, X)
+    query = _by_block(selected, (jnp.cumsum(count) - count)[block] + nth, X, L)
     exists = nth[:, None] + jnp.arange(X)[None] < count[block][:, None]
     slot = slot.reshape(-1)[: R * A].reshape(A, R)
     return Tiles(jnp.where(exists, query, R), block, slot, end[-1])
 
 
-def _by_block(selected, at, size):
+def _by_block(selected, at, size, L):
     """From each place `at`, the next `size` queries in the order of the blocks they selected."""
     pairs = selected.reshape(-1)
-    order = jax.lax.sort(pairs * len(pairs) + jnp.arange(len(pairs)), is_stable=False)
+    if L * len(pairs) <= MOST_KEYS:
+        order = jax.lax.sort(pairs * len(pairs) + jnp.arange(len(pairs)), is_stable=False)
+    else:
+        order = jnp.argsort(pairs, stable=True)
     order = jnp.pad(order % selected.shape[1], (0, size))
     return jax.vmap(lambda i: jax.lax.dynamic_slice(order, (i,), (size,)))(at)
 

@@ -5,12 +5,12 @@ computed again by the whole lse, so that the gradients of pieces only have to be
 """
 
 import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse import mosaic_tpu
 from pallas_kernels.block_sparse import rows as layouts
 from pallas_kernels.block_sparse.tile import Options, Tiles
 
@@ -20,6 +20,7 @@ _ROWS = 16  # tiles that a block is cut into have whole ones of these
 class Static(NamedTuple):
     """What is known while tracing."""
 
+    kernels: ModuleType  # with `forward`, `queries` and `keys`: those of a platform
     options: Options
     query_block: int  # queries that share what they selected
     size: int  # X, queries of a tile
@@ -53,7 +54,7 @@ def _forward(static, learned, given):
     tiles = _tiles(static, learned, given, rows)
     args = static.options, tiles, rows.pairs
     dtype = rows.output(learned.v.dtype)
-    o, lse = mosaic_tpu.forward(*args, dtype=dtype, interpret=static.interpret)
+    o, lse = static.kernels.forward(*args, dtype=dtype, interpret=static.interpret)
     o, lse = rows.merge(o, lse[:, :, 0])
     o = _by_token(o, learned.q).astype(learned.v.dtype)
     return o, (learned, given, rows, o, lse)
@@ -69,8 +70,8 @@ def _backward(static, residuals, do):
     tiles = _tiles(static, learned, given, rows)._replace(**of_output)
     args = static.options, tiles, rows.pairs
     dtype = rows.output(learned.q.dtype)
-    dq = mosaic_tpu.queries(*args, dtype=dtype, interpret=static.interpret)
-    dk, dv = mosaic_tpu.keys(*args, interpret=static.interpret)
+    dq = static.kernels.queries(*args, dtype=dtype, interpret=static.interpret)
+    dk, dv = static.kernels.keys(*args, interpret=static.interpret)
     dq = _by_token(rows.sum(dq), learned.q).astype(learned.q.dtype)
     dk, dv = (_join(static, rows.pairs, x, learned.k) for x in (dk, dv))
     return Learned(dq, dk, dv), None

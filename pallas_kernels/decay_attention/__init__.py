@@ -6,7 +6,8 @@ r"""Causal linear attention with a fixed decay per head, from an initial state t
 With `segments` the state starts again from zero wherever the segment changes.
 
 Time is walked in chunks that carry the state (H V): `chunk` is the maths of one chunk, `xla` and
-`mosaic_tpu` only drive it. No exponent is ever positive, so nothing overflows for a decay <= 1.
+`mosaic_tpu` only drive it; `mosaic_gpu` is the recurrence whose decay varies. No exponent is ever
+positive, so nothing overflows for a decay <= 1.
 
 Let op(q, k, v, S) be this with S already decayed for the first token: S = exp(log_decay) S_{-1}.
 It is its own adjoint up to a reversal R of time, so the backward pass is three forward calls:
@@ -23,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import placing
+from pallas_kernels import placing, tables
 from pallas_kernels import segments as documents
-from pallas_kernels.decay_attention import mosaic_tpu, xla
+from pallas_kernels.decay_attention import mosaic_gpu, mosaic_tpu, xla
 
 Implementation = Literal["xla", "pallas", "interpret"]
+_NAME, _CHUNK = "decay_attention", 128
 
 
 def decay_attention(
@@ -38,7 +40,7 @@ def decay_attention(
     *,
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H V"] | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
     """(o in v's dtype, final state in float32); accumulates in float32.
@@ -48,13 +50,18 @@ def decay_attention(
       segments: numbers of the documents packed into a sequence, each of them one run of tokens.
         The initial state belongs to the first, the final state to the last.
       initial_state: the state after earlier tokens; None is zero.
-      chunk: tokens taken at once, a multiple of 16.
-      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
-        slowly. None is the kernel where the call is lowered for TPU and runs whole on each device
-        (`placing`), and XLA elsewhere.
+      chunk: tokens taken at once, a multiple of 16; None is what the table of the device says
+        (`pallas_kernels.tables`), or 128. On a GPU "pallas" takes them by 64, for chunks that are
+        multiples of it.
+      implementation: "xla", "pallas" (TPU, and Hopper GPUs), or "interpret", which runs the kernel
+        for TPU on any platform, slowly. None is the kernel where the call is lowered for TPU and
+        runs whole on each device (`placing`), and XLA elsewhere.
 
-    Everything else has a gradient. Raises ValueError for arguments that don't fit.
+    Everything else has a gradient. Raises ValueError for arguments that don't fit, and where it is
+    lowered NotImplementedError for what the kernel that was asked for can't.
     """
+    if chunk is None:
+        chunk = tables.here().tile("chunk", _CHUNK, _NAME, **tables.case_of(k))
     _check(q, k, v, log_decay, segments, initial_state, chunk, implementation)
     B, _, N, H = k.shape
     log_decay = jax.lax.stop_gradient(log_decay.astype(jnp.float32))
@@ -83,9 +90,10 @@ def _check(q, k, v, log_decay, segments, initial_state, chunk, implementation):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _op(q, k, v, state, segments, log_decay, chunk, implementation):
     args = q, k, v, state, None if segments is None else documents.starts(segments), log_decay
-    by_xla = functools.partial(xla.decay_attention, chunk=chunk)
-    by_kernel = functools.partial(mosaic_tpu.decay_attention, chunk=chunk)
-    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel)
+    by = lambda module: functools.partial(module.decay_attention, chunk=chunk)
+    kernels = dict(tpu=by(mosaic_tpu), gpu=by(mosaic_gpu))
+    row = tables.here().find(_NAME, **tables.case_of(k))
+    return placing.run(args, implementation, xla=by(xla), row=row, **kernels)
 
 
 def _forward(q, k, v, state, segments, log_decay, chunk, implementation):

@@ -10,7 +10,7 @@ at once and within each one after the other. Source: Kwon et al., "Efficient Mem
 Large Language Model Serving with PagedAttention", arXiv:2309.06180; Dao et al., "Flash-Decoding for
 long-context inference", for the splits.
 
-`part` is the maths of one part, `xla` and `mosaic_tpu` drive it.
+`part` is the maths of one part, `xla`, `mosaic_tpu` and `mosaic_gpu` (Hopper) drive it.
 
 Letters: B sequences, T queries, N query heads, K key heads, H key dim, V value dim, P pages of C
 tokens, L pages of a sequence.
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import placing
-from pallas_kernels.decode_attention import mosaic_tpu, part, xla
+from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, part, xla
 
 Implementation = Literal["xla", "pallas", "interpret"]
 
@@ -58,13 +58,14 @@ def decode_attention(
       sinks: one more logit per head in the denominator.
       window: how many keys before its own position a query sees; pages before it cost nothing.
       splits: parts of each sequence that are computed at the same time; None chooses by sizes.
-      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
-        slowly. None is the kernel where the call is lowered for TPU and runs whole on each device
-        (`placing`), if its memory suffices, and XLA elsewhere.
+      implementation: "xla", "pallas", a kernel for TPU or Hopper GPUs, or "interpret", which runs
+        the one for TPU on any platform, slowly. None is the kernel where the call is lowered for
+        TPU and runs whole on each device (`placing`), if its memory suffices, and XLA elsewhere.
 
     A query that sees no key gives zeros, with lse -inf unless there is a sink. No gradient.
-    Raises ValueError for arguments that don't fit, NotImplementedError where the kernel is asked
-    for and its memory doesn't suffice.
+    Raises ValueError for arguments that don't fit, NotImplementedError where a kernel is asked for
+    and lowered that hasn't the memory, or on a GPU other dtypes than bfloat16 and float16, pages of
+    other than 8 n tokens and heads of other than 16 n features.
     """
     _check(q, k, v, table, lengths, q_offset, sinks)
     _check_options(k, v, value_dim, window, splits, implementation)
@@ -75,7 +76,8 @@ def decode_attention(
     rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
     arrays = rows, k, v, jnp.asarray(table), lengths, starts
     V = v.shape[-1] if value_dim is None else value_dim
-    o, lse = _run(_choose(implementation, arrays, options, V=V, splits=splits), *arrays)
+    attend = _attend_with(implementation, arrays, options, V=V, splits=splits)
+    o, lse = _run(attend, *arrays)
     if sinks is not None:  # a part with a logit and no value
         sinks = jnp.broadcast_to(sinks.reshape(K, 1, -1), (K, T, N // K)).reshape(1, K, -1, 1)
         sinks = jnp.broadcast_to(sinks.astype(jnp.float32), lse.shape)
@@ -85,23 +87,15 @@ def decode_attention(
     return o.astype((k if v is None else v).dtype), lse
 
 
-def _choose(implementation, arrays, options, **sizes):
+def _attend_with(implementation, arrays, options, **sizes):
     """What attends, called with arrays alone."""
-    by_xla = functools.partial(xla.attend, options, **sizes)
-    if implementation == "xla" or (implementation is None and not placing.whole()):
-        return by_xla
-    by_kernel = functools.partial(mosaic_tpu.attend, options, **sizes)
-    q, k, _, table, *_ = arrays
+    xla_, tpu, gpu = (
+        functools.partial(form.attend, options, **sizes) for form in (xla, mosaic_tpu, mosaic_gpu)
+    )
     fits = mosaic_tpu.pages_of(*arrays[:4], V=sizes["V"]) > 0
-    if implementation is None:
-        both = functools.partial(jax.lax.platform_dependent, tpu=by_kernel, default=by_xla)
-        return both if fits else by_xla
-    if not fits:
-        raise NotImplementedError(
-            f"pages {k.shape}, {q.shape[2]} queries of a key head or a table {table.shape} don't "
-            "fit the kernel's memory; implementation='xla' needs none"
-        )
-    return functools.partial(by_kernel, interpret=implementation == "interpret")
+    return lambda *arrays: placing.run(
+        arrays, implementation, xla=xla_, tpu=tpu, gpu=gpu, fits=fits
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -54,8 +54,16 @@ def attend(
     splits: int | None,
     interpret=False,
 ):
-    """(o (B K R V), lse (B K R 1)) of q (B K R H), in float32."""
+    """(o (B K R V), lse (B K R 1)) of q (B K R H), in float32.
+
+    Raises NotImplementedError where memory doesn't suffice.
+    """
     (B, K, R, H), pages = q.shape, pages_of(q, k, v, table, V=V)
+    if not pages:
+        raise NotImplementedError(
+            f"pages {k.shape}, {R} queries of a key head or a table {table.shape} don't fit the "
+            "memory of the kernel for TPU; 'xla' needs none"
+        )
     splits = splits or _cores()
     sizes = dict(C=k.shape[2], splits=splits, pages=pages)
     steps, count = schedule.make(options, table, lengths, starts, **sizes)

@@ -1,7 +1,7 @@
 r"""Exact softmax attention tile by tile on TPU: O(T) memory forward and backward.
 
     x_ts  = softcap * tanh(scale * (q_t . k_s) / softcap)             (without softcap: no tanh)
-    y_ts  = x_ts + bias_ts                                      where t sees s, else -inf
+    y_ts  = score_mod(x_ts + bias_ts, t, s)                     where t sees s, else -inf
     lse_t = log(sum_s exp(y_ts) + exp(sink))
     o_t   = sum_s drop(exp(y_ts - lse_t)) v_s
 
@@ -41,6 +41,17 @@ class Mask(NamedTuple):
     arrays: tuple[Array, ...] = ()  # each (#B #N #T #S)
 
 
+class ScoreMod(NamedTuple):
+    """`function(score, t, s, factors, numbers)`, of tiles: all arguments have the shape of a tile.
+
+    It may do arithmetic only. factors have gradients, numbers none.
+    """
+
+    function: Callable[..., jax.Array]
+    factors: tuple[Float[Array, "B N 1 1"], ...] = ()
+    numbers: tuple[Array, ...] = ()  # each (B N 1 1)
+
+
 class Dropout(NamedTuple):
     """Drop weights for which `keep(seed, b, n, t, s)` is False, of a tile (keys, queries).
 
@@ -66,27 +77,31 @@ def flash_attention(
     softcap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     dropout: Dropout | None = None,
+    score_mod: ScoreMod | None = None,
     interpret=False,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """(o in v's dtype, lse in float32); query head n uses key head n // (N / K).
 
     Args:
-      t, s: positions, for the mask and for dropout.
+      t, s: positions, for the mask, for dropout and for score_mod.
       mask: what queries see; a query that sees nothing gives zeros, with lse -inf.
       sizes: of tiles, for which the states of the mask are: one of `choices`.
       interpret: run on any platform, slowly; True, or `pltpu.InterpretParams`.
 
-    q, k, v, bias and sinks have gradients, of reverse mode; lse may be used. k has q's dtype.
+    q, k, v, bias, sinks and factors of score_mod have gradients, of reverse mode; lse may be used.
+    k has q's dtype.
+
     Raises ValueError for states that don't fit the tiles, NotImplementedError for more tiles than
     scalar memory has room for.
     """
     _check(q, k, mask.states, sizes)
     known = isinstance(mask.states, np.ndarray)
     keep, rate, seed = (dropout.keep, dropout.rate, dropout.seed) if dropout else (None, 0.0, None)
-    options = Options(scale, softcap, mask.visible, keep, rate, k.shape[1], sizes)
-    given = vjp.Given(t, s, mask.arrays, seed, None if known else mask.states)
+    modify, factors, numbers = score_mod or (None, (), ())
+    options = Options(scale, softcap, modify, mask.visible, keep, rate, k.shape[1], sizes)
+    given = vjp.Given(t, s, mask.arrays, seed, None if known else mask.states, numbers)
     static = vjp.Static(options, mask.states if known else None, interpret)
-    return vjp.attend(static, vjp.Learned(q, k, v, bias, sinks), given)
+    return vjp.attend(static, vjp.Learned(q, k, v, bias, sinks, factors), given)
 
 
 def _check(q, k, states, sizes):

@@ -1,13 +1,15 @@
 """The backward kernels: each tile's weights again from lse, and sums over rows, columns or tiles.
 
-    dy_ts = p_ts (drop(do_t . v_s) - delta_t),    dx = scale (1 - (x / softcap)^2) dy
+    dz_ts = p_ts (drop(do_t . v_s) - delta_t),    dy = score_mod'(y) dz
+    dx_ts = scale (1 - (x_ts / softcap)^2) dy_ts
     dq_t = sum_s dx_ts k_s,    dk_s = sum_t dx_ts q_t,    dv_s = sum_t drop(p)_ts do_t
 
-p = exp(y - lse), delta = do . o - dlse, and dbias is dy. Each sum is made by one accumulator, in a
-fixed order, so results are the same each time. Source: Dao, "FlashAttention-2", algorithm 2.
+p = exp(z - lse), z = score_mod(y), delta = do . o - dlse, and dbias is dy. Each sum is made by one
+accumulator, in a fixed order, so results are the same each time. Source: Dao, "FlashAttention-2",
+algorithm 2.
 
-Unlike there: a kernel for each of (dq), (dk, dv) and (dbias), so that none needs atomic additions,
-and what nobody asks for falls away in compilation.
+Unlike there: a kernel for each of (dq), (dk, dv), (dbias) and (dfactors), so that none needs atomic
+additions, and what nobody asks for falls away in compilation.
 """
 
 import jax
@@ -26,7 +28,7 @@ def queries(options: maths.Options, tiles: maths.Tiles, states, *, interpret) ->
     walk = walks.walk(states, B=B, N=N, over="row")
 
     def sums(place, partial, tiles):
-        *_, dx = maths.gradients(options, tiles, place, partial)
+        _, _, dx, _ = maths.gradients(options, tiles, place, partial)
         return (maths.product(tiles.k[...], dx, 0, 0),)
 
     [dq] = calls.call(
@@ -51,7 +53,7 @@ def keys_and_values(options: maths.Options, tiles: maths.Tiles, states, *, inter
     walk = walks.walk(states, B=B, N=K * G, over="column", heads=G)
 
     def sums(place, partial, tiles):
-        weights, _, dx = maths.gradients(options, tiles, place, partial)
+        weights, _, dx, _ = maths.gradients(options, tiles, place, partial)
         return maths.product(dx, tiles.q[...], 1, 0), maths.product(weights, tiles.do[...], 1, 0)
 
     index = lambda at: (at.b, lax.div(at.n, G), at.column, 0)
@@ -94,6 +96,29 @@ def biases(options: maths.Options, tiles: maths.Tiles, states, *, interpret) -> 
         name="flash_attention_dbias",
     )
     return dbias
+
+
+def factors(options: maths.Options, tiles: maths.Tiles, states, *, interpret):
+    """The gradients of the arrays of tiles.factors."""
+    B, N = tiles.q.shape[:2]
+    walk = walks.walk(states, B=B, N=N, over="all")
+
+    def sums(place, partial, tiles):
+        *_, dfactors = maths.gradients(options, tiles, place, partial)
+        return [x.total(dx) for x, dx in zip(tiles.factors, dfactors, strict=True)]
+
+    return calls.call(
+        _sum(sums),
+        walk,
+        options,
+        tiles,
+        out_like=[x.array for x in tiles.factors],
+        out_specs=[calls.sheet_spec(walk, options, x) for x in tiles.factors],
+        scratch=[x.part(*options.blocks) for x in tiles.factors],
+        products=2,
+        interpret=interpret,
+        name="flash_attention_dfactors",
+    )
 
 
 def _sum(sums, finish=lambda x: x):

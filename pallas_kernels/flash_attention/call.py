@@ -95,6 +95,8 @@ def _specs(walk, options, tiles):
         bias=sheets(tiles.bias),
         sinks=scalars(tiles.sinks),
         seed=scalars(tiles.seed),
+        factors=sheets(tiles.factors),
+        numbers=sheets(tiles.numbers),
         do=by_query(tiles.do),
         lse=sheets(tiles.lse),
         delta=sheets(tiles.delta),

@@ -49,7 +49,7 @@ def _kernel(options, walk, place, tiles, o_ref, lse_ref, sum_ref, peak_ref, tota
         total_ref[...] = jnp.full_like(total_ref, 0 if sink is None else 1)
 
     def add(partial):
-        _, y = maths.scores(options, tiles, place, partial)
+        y = maths.scores(options, tiles, place, partial)
         peak = peak_ref[...]
         higher = jnp.maximum(peak, y.max(0, keepdims=True))
         shift = jnp.where(higher == -jnp.inf, 0.0, higher)  # -inf - -inf is NaN

@@ -20,6 +20,7 @@ class Options(NamedTuple):
 
     scale: float
     softcap: float | None
+    score_mod: Callable | None  # (score, t, s, factors, numbers) -> score, of tiles
     visible: Callable | None  # (t, s, *arrays) -> bool, of tiles
     keep: Callable | None  # (seed, b, n, t, s) -> bool, of tiles
     rate: float  # that `keep` says no
@@ -44,19 +45,18 @@ class Tiles(NamedTuple):
     bias: Sheet | None
     sinks: jax.Array | None  # (N) scalars
     seed: jax.Array | None  # (2) scalars
+    factors: tuple[Sheet, ...] = ()  # of score_mod, a number each
+    numbers: tuple[Sheet, ...] = ()
     do: jax.Array | None = None  # (queries V)
     lse: Sheet | None = None
     delta: Sheet | None = None
 
 
-def scores(options: Options, tiles: Tiles, place, partial: bool):
-    """(soft-capped products, scores): before bias and mask, and after."""
-    x = product(tiles.k[...], tiles.q[...], 1, 1) * options.scale
-    if options.softcap is not None:
-        x = options.softcap * jnp.tanh(x / options.softcap)
-    y = x if tiles.bias is None else x + tiles.bias.read(x.shape)
-    seen = _seen(options, tiles, place, x.shape) if partial else None
-    return x, y if seen is None else jnp.where(seen, y, -jnp.inf)
+def scores(options: Options, tiles: Tiles, place, partial: bool) -> jax.Array:
+    """Scores of a tile."""
+    _, y = _products(options, tiles)
+    modify, factors = _modification(options, tiles, y.shape)
+    return _masked(options, tiles, place, partial, modify(y, factors))
 
 
 def dropping(options: Options, tiles: Tiles, place, shape) -> Callable:
@@ -69,16 +69,50 @@ def dropping(options: Options, tiles: Tiles, place, shape) -> Callable:
 
 
 def gradients(options: Options, tiles: Tiles, place, partial: bool):
-    """(weights that made the output, gradient of scores, gradient of products)."""
-    x, y = scores(options, tiles, place, partial)
+    """(weights that made the output, gradients of scores, of products, and of factors by score).
+
+    Scores are those before score_mod.
+    """
+    x, y = _products(options, tiles)
+    modify, factors = _modification(options, tiles, y.shape)
+    y, pull = jax.vjp(modify, y, factors)
+    y = _masked(options, tiles, place, partial, y)
     drop = dropping(options, tiles, place, y.shape)
-    weights = jnp.exp(y - tiles.lse.read(y.shape))  # 0 for a query that sees nothing: lse is inf
+    lse = tiles.lse.read(y.shape)
+    weights = jnp.exp(y - lse)  # 0 for a query that sees nothing: lse is inf
+    if options.score_mod is not None:  # which may have no value at what only fills up a tile
+        weights = jnp.where(lse < jnp.inf, weights, 0.0)
     dweights = drop(product(tiles.v[...], tiles.do[...], 1, 1))
-    dy = weights * (dweights - tiles.delta.read(y.shape))
+    dz = weights * (dweights - tiles.delta.read(y.shape))
+    dy, dfactors = pull(dz)
+    if options.score_mod is not None:  # or no slope
+        dy, *dfactors = (jnp.where(dz == 0, 0.0, x) for x in (dy, *dfactors))
     dx = dy
     if options.softcap is not None:
         dx = dy * (1 - (x / options.softcap) ** 2)
-    return drop(weights), dy, dx * options.scale
+    return drop(weights), dy, dx * options.scale, dfactors
+
+
+def _products(options, tiles):
+    """(soft-capped products, and with bias)."""
+    x = product(tiles.k[...], tiles.q[...], 1, 1) * options.scale
+    if options.softcap is not None:
+        x = options.softcap * jnp.tanh(x / options.softcap)
+    return x, x if tiles.bias is None else x + tiles.bias.read(x.shape)
+
+
+def _modification(options, tiles, shape):
+    """(score_mod as a function of scores and factors, factors)."""
+    if options.score_mod is None:
+        return lambda y, factors: y, ()
+    t, s, *numbers = (x.read(shape) for x in (tiles.t, tiles.s, *tiles.numbers))
+    factors = tuple(x.read(shape) for x in tiles.factors)
+    return lambda y, factors: options.score_mod(y, t, s, factors, tuple(numbers)), factors
+
+
+def _masked(options, tiles, place, partial, y):
+    seen = _seen(options, tiles, place, y.shape) if partial else None
+    return y if seen is None else jnp.where(seen, y, -jnp.inf)
 
 
 def product(a, b, axis_a: int, axis_b: int):

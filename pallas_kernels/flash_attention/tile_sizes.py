@@ -1,8 +1,11 @@
-"""How large tiles are, by the kind of device: as large as its fast memory (VMEM) allows."""
+"""How large tiles are: what the table of a device says, as far as its fast memory (VMEM) allows."""
 
+import math
 from typing import NamedTuple
 
 import jax
+
+from pallas_kernels import tables
 
 
 class Sizes(NamedTuple):
@@ -14,14 +17,14 @@ class Sizes(NamedTuple):
 
 
 _MIB = 2**20
-_KINDS = {  # about three quarters of each one's VMEM
-    "TPU v4": Sizes(512, 512, 12 * _MIB),
-    "TPU v5 lite": Sizes(1024, 1024, 96 * _MIB),
-    "TPU v5": Sizes(1024, 1024, 48 * _MIB),
-    "TPU v6 lite": Sizes(2048, 2048, 96 * _MIB),
-    "TPU7x": Sizes(1024, 1024, 48 * _MIB),
+_VMEM = {  # about three quarters of each one's
+    "TPU v4": 12 * _MIB,
+    "TPU v5 lite": 96 * _MIB,
+    "TPU v5": 48 * _MIB,
+    "TPU v6 lite": 96 * _MIB,
+    "TPU7x": 48 * _MIB,
 }
-_DEFAULT = _KINDS["TPU v5"]
+_UNKNOWN = Sizes(1024, 1024, 48 * _MIB)  # another device is taken for a TPU v5
 LANES = 128  # sizes of tiles are multiples of it
 _LEAST = 256  # smaller tiles cost more in steps than they spare
 
@@ -35,7 +38,7 @@ def choices(
       sheets: how many arrays with an entry for each score a kernel reads.
       kind: of the device, as jax names it; None is the one that is traced for.
     """
-    sizes = _KINDS.get(kind or _kind(), _DEFAULT)
+    sizes = _largest(q, k, v, tables.of(kind) if kind else tables.here())
     widths = [-(-x.shape[-1] // LANES) * LANES * x.dtype.itemsize for x in (q, k, v)]
     while vmem(sizes, widths, sheets) > sizes.vmem and min(sizes[:2]) > LANES:
         sizes = halved(sizes)
@@ -45,6 +48,20 @@ def choices(
         found.append(Sizes(*even, sizes.vmem))
         sizes = halved(sizes)
     return list(dict.fromkeys(found))
+
+
+def _largest(q, k, v, table):
+    """What the table says for these arrays, and the VMEM of its kind of device."""
+    row = table.find(
+        "dot_product_attention",
+        dtype=q.dtype,
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        length=math.sqrt(q.shape[1] * k.shape[1]),
+        implementation="pallas",
+    )
+    if row is None or table.platform != "tpu":
+        return _UNKNOWN
+    return _UNKNOWN._replace(**row.tiles, vmem=_VMEM.get(table.kind, _UNKNOWN.vmem))
 
 
 def _even(length, most):
@@ -68,9 +85,3 @@ def vmem(sizes: Sizes, widths: list[int], sheets: int) -> int:
     score = 4 * sizes.block_q * sizes.block_k
     blocks = 2 * sizes.block_q * (q + v) + 8 * sizes.block_k * (k + v)
     return (3 + 3 * sheets) * score + blocks
-
-
-def _kind():
-    """The device of the mesh that is traced for, or the first of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device or jax.devices()[0]).device_kind

@@ -20,6 +20,7 @@ class Learned(NamedTuple):
     v: jax.Array
     bias: jax.Array | None
     sinks: jax.Array | None
+    factors: tuple[jax.Array, ...] = ()  # of score_mod
 
 
 class Given(NamedTuple):
@@ -30,6 +31,7 @@ class Given(NamedTuple):
     arrays: tuple[jax.Array, ...]
     seed: jax.Array | None
     states: jax.Array | None  # if not known while tracing
+    numbers: tuple[jax.Array, ...] = ()  # of score_mod
 
 
 class Static(NamedTuple):
@@ -66,7 +68,8 @@ def _tiles(static, learned, given, **more):
     """Everything cut into tiles."""
     (bq, bk), bias, sinks = static.options.blocks, learned.bias, learned.sinks
     lay = lambda x: sheets.lay(x, bq, bk)
-    needed = static.options.visible or static.options.keep
+    options = static.options
+    needed = options.visible or options.keep or options.score_mod
     at = lambda x, shape: lay(jnp.asarray(x, jnp.int32).reshape(shape)) if needed else None
     return Tiles(
         q=_heads_first(learned.q, bq),
@@ -78,6 +81,8 @@ def _tiles(static, learned, given, **more):
         bias=None if bias is None else lay(bias),
         sinks=None if sinks is None else sinks.astype(jnp.float32),
         seed=given.seed,
+        factors=tuple(map(lay, learned.factors)),
+        numbers=tuple(map(lay, given.numbers)),
         **more,
     )
 
@@ -113,7 +118,11 @@ def _backward(static, residuals, cotangents):
         dbias = _call(backward.biases, static, tiles, given)
         dbias = sheets.unlay(dbias, tiles.bias.wide, T, S).astype(learned.bias.dtype)
     dsinks = None if learned.sinks is None else of_sinks(learned.sinks, lse, delta)
-    return Learned(dq, dk, dv, dbias, dsinks), None
+    dfactors = ()
+    if learned.factors:
+        dfactors = _call(backward.factors, static, tiles, given)
+        dfactors = tuple(g.astype(x.dtype) for g, x in zip(dfactors, learned.factors, strict=True))
+    return Learned(dq, dk, dv, dbias, dsinks, dfactors), None
 
 
 attend.defvjp(_forward, _backward)

@@ -10,7 +10,8 @@ g = log_decay is one number for each token and head (RetNet, Mamba-2, Gated Delt
 each key channel (GLA, HGRN-2), or absent (linear attention, DeltaNet).
 
 Time is walked in chunks that carry the state (H V): `chunk` is the maths of one chunk, `xla` and
-`mosaic_tpu` only drive it, backward too, from the states between chunks that forward has kept.
+`mosaic_tpu` only drive it, backward too, from the states between chunks that forward has kept;
+`mosaic_gpu` carries the state through what XLA has made of each chunk by that maths.
 Within a chunk the weights of its tokens are products of matrices with C rows, and the delta rule is
 the solution of a triangular system. No exponent is ever positive, so nothing overflows. Source:
 Yang et al., "Gated Linear Attention Transformers", arXiv:2312.06635, section 4; "Parallelizing
@@ -24,11 +25,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import placing
+from pallas_kernels import placing, tables
 from pallas_kernels import segments as documents
-from pallas_kernels.linear_recurrence import mosaic_tpu, xla
+from pallas_kernels.linear_recurrence import mosaic_gpu, mosaic_tpu, xla
 
 Implementation = Literal["xla", "pallas", "interpret"]
+_NAME, _CHUNK = "linear_recurrence", 64
 
 
 def linear_recurrence(
@@ -40,7 +42,7 @@ def linear_recurrence(
     beta: Float[Array, "B T N"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H V"] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
     """(o in v's dtype, final state in float32); accumulates in float32.
@@ -52,14 +54,18 @@ def linear_recurrence(
       segments: numbers of the documents packed into a sequence, each of them one run of tokens.
         The initial state belongs to the first, the final state to the last.
       initial_state: the state after earlier tokens; None is zero.
-      chunk: tokens taken at once, a multiple of 16.
-      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
-        slowly. None is the kernel where the call is lowered for TPU and runs whole on each
-        device (`placing`), and XLA elsewhere. Only "xla" has forward-mode derivatives (jax.jvp) and
-        derivatives of the gradient.
+      chunk: tokens taken at once, a multiple of 16; on a GPU "pallas" takes 64.
+      implementation: "xla", "pallas" (TPU, and Hopper GPUs), or "interpret", which runs the kernel
+        for TPU on any platform, slowly. None is the kernel where the call is lowered for TPU and
+        runs whole on each device (`placing`), and XLA elsewhere. Only "xla" has forward-mode
+        derivatives (jax.jvp) and derivatives of the gradient.
 
-    All arrays but segments have gradients. Raises ValueError for arguments that don't fit.
+    All arrays but segments have gradients. Raises ValueError for arguments that don't fit, and
+    where it is lowered NotImplementedError for what the kernel that was asked for can't:
+    `mosaic_gpu.forward` says what that is on a GPU.
     """
+    if chunk is None:
+        chunk = tables.here().tile("chunk", _CHUNK, _NAME, **tables.case_of(k))
     _check(q, k, v, log_decay, beta, segments, initial_state, chunk, implementation)
     B, T, N, H = k.shape
     # zeros vary over the axes of a mesh that k varies over, and so does what is added to them
@@ -96,9 +102,11 @@ _op.defvjp(_forward, _backward)
 
 
 def _run(name, args, implementation, **options):
-    by_xla = functools.partial(getattr(xla, name), **options)
-    by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
-    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel)
+    by = lambda module: functools.partial(getattr(module, name), **options)
+    kernels = dict(tpu=by(mosaic_tpu), gpu=by(mosaic_gpu))
+    (_, k, *_), *_ = args
+    row = tables.here().find(_NAME, **tables.case_of(k))
+    return placing.run(args, implementation, xla=by(xla), row=row, **kernels)
 
 
 def _check(q, k, v, log_decay, beta, segments, initial_state, chunk, implementation):

@@ -6,6 +6,7 @@ exponent is the difference of two large ones, and none is positive.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,31 @@ import jax.numpy as jnp
 _PART = 16  # rows of a triangular system that are solved at once
 
 _times = functools.partial(jnp.matmul, precision="highest")
+
+
+class Gates(NamedTuple):
+    """What tokens of a chunk see of it and of the state, and what is left after it; float32."""
+
+    log_decay: Any  # (C G)
+    past: Any  # (C C), of booleans: what each token sees of the chunk
+    seen: Any  # (C G), what is left of the state when a token sees it
+    left: Any  # (C G), what is left of a token in the new state
+    kept: Any  # (G 1), what is left of the state in the new one
+
+
+def gates(log_decay, start) -> Gates:
+    """Of C tokens, arguments as of `attend`."""
+    C = len(start)
+    t, s = rows_and_columns(C)
+    last = start[-1:]  # (1 1): of the segment of the new state
+    g = jnp.zeros((C, 1)) if log_decay is None else log_decay.astype(jnp.float32)
+    return Gates(
+        log_decay=g,
+        past=(s <= t) & (s >= start),
+        seen=jnp.where(start < 0, jnp.exp(_total(s <= t, g)), 0.0),
+        left=jnp.where(t >= last, jnp.exp(_total(s > t, g)), 0.0),
+        kept=jnp.where(last < 0, jnp.exp(_times(g.T, jnp.ones((C, 1)))), 0.0),
+    )
 
 
 def attend(state, q, k, v, log_decay, beta, start):
@@ -25,21 +51,14 @@ def attend(state, q, k, v, log_decay, beta, start):
       beta: (C 1), or None for plain values.
       start: (C 1), where in this chunk each token's segment begins; negative is before it.
     """
-    C = q.shape[0]
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    t, s = rows_and_columns(C)
-    past, last = (s <= t) & (s >= start), start[-1:]  # (1 1): of the segment of the new state
-    g = jnp.zeros((C, 1)) if log_decay is None else log_decay.astype(jnp.float32)
-    seen = jnp.where(start < 0, jnp.exp(_total(s <= t, g)), 0.0)  # of the state, by each token
+    gate = gates(log_decay, start)
     if beta is not None:
         beta = beta.astype(jnp.float32)
-        stored = _weights(k, k, g, past)
-        v = beta * (v - (k * seen) @ state)
-        v = solve(beta * stored, v)
-    out = (q * seen) @ state + _weights(q, k, g, past) @ v
-    left = jnp.where(t >= last, jnp.exp(_total(s > t, g)), 0.0)  # of each token, in the new state
-    kept = jnp.where(last < 0, jnp.exp(_times(g.T, jnp.ones((C, 1)))), 0.0)  # (G 1), of the state
-    return kept * state + (k * left).T @ v, out
+        v = beta * (v - (k * gate.seen) @ state)
+        v = solve(beta * weights(k, k, gate), v)
+    out = (q * gate.seen) @ state + weights(q, k, gate) @ v
+    return gate.kept * state + (k * gate.left).T @ v, out
 
 
 def gradients(state, tokens, start, dstate, do):
@@ -97,26 +116,26 @@ def _inverse(lower):
     return inverse
 
 
-def _weights(q, k, g, visible):
-    """sum_h q_th k_sh exp(g_(s+1)h + ... + g_th) where visible, a subset of s <= t, else 0: (C C).
+def weights(q, k, gate: Gates):
+    """sum_h q_th k_sh exp(g_(s+1)h + ... + g_th) of what each token sees, else 0: (C C).
 
     Decays by channel can't be taken out of the sum, but split: those up to a border between s and t
     go with the key, those after it with the query. Pairs of blocks of 1, 2, 4, ... tokens, with a
     border in the middle, have each s < t on the two sides of one.
     """
-    C = len(q)
+    C, g = len(q), gate.log_decay
     t, s = rows_and_columns(C)
     if g.shape[1] == 1:
         decay = _total(s <= t, jnp.where(t > s, g, 0.0))
-        return jnp.where(visible, (q @ k.T) * jnp.exp(decay), 0.0)
-    weights, n = jnp.where(t == s, (q * k).sum(1, keepdims=True), 0.0), 1
+        return jnp.where(gate.past, (q @ k.T) * jnp.exp(decay), 0.0)
+    total, n = jnp.where(t == s, (q * k).sum(1, keepdims=True), 0.0), 1
     while n < C:
         border = (t & -2 * n) + n
         between = ((s >= border) & (s <= t)) | ((s > t) & (s < border))
         decay = jnp.exp(_total(between, g))
-        weights += jnp.where(_halves(t, s, n), (q * decay) @ (k * decay).T, 0.0)
+        total += jnp.where(_halves(t, s, n), (q * decay) @ (k * decay).T, 0.0)
         n *= 2
-    return jnp.where(visible, weights, 0.0)
+    return jnp.where(gate.past, total, 0.0)
 
 
 def _halves(t, s, n):

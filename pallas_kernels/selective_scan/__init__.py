@@ -8,9 +8,9 @@ and token, says how much of the state goes and how much of the token comes; b an
 channels of a head, say where in the state it is written and read.
 
 Time is walked in chunks that carry h, of which one at a time is spread over its M entries, also in
-the backward pass: `xla` and `mosaic_tpu` keep the states between chunks. Source: Gu and Dao,
-"Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, algorithm 2
-and section 3.3.
+the backward pass: `xla`, `mosaic_tpu` and `mosaic_gpu` (Hopper) keep the states between chunks.
+Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+arXiv:2312.00752, algorithm 2 and section 3.3.
 """
 
 import functools
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import placing
-from pallas_kernels.selective_scan import mosaic_tpu, xla
+from pallas_kernels import placing, tables
+from pallas_kernels.selective_scan import mosaic_gpu, mosaic_tpu, xla
 
 Implementation = Literal["xla", "pallas", "interpret"]
+_NAME, _CHUNK = "selective_scan", 64
 
 
 def selective_scan(
@@ -36,7 +37,7 @@ def selective_scan(
     *,
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H M"] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
     """(y in x's dtype, final state in float32); accumulates in float32.
@@ -47,15 +48,19 @@ def selective_scan(
       segments: numbers of the documents packed into a sequence, each of them one run of tokens.
         The initial state belongs to the first, the final state to the last.
       initial_state: the state after earlier tokens; None is zero.
-      chunk: tokens taken at once, a multiple of 16.
-      implementation: "xla", "pallas" (TPU), or "interpret", which runs the kernel on any platform,
-        slowly. None is the kernel where the call is lowered for TPU, runs whole on each device
-        (`placing`) and `mosaic_tpu.fits`, and XLA elsewhere. Only "xla" has forward-mode
-        derivatives (jax.jvp) and derivatives of the gradient.
+      chunk: tokens taken at once, a multiple of 16; None is what the table of the device says
+        (`pallas_kernels.tables`), or 64.
+      implementation: "xla", "pallas", a kernel for TPU or Hopper GPUs, or "interpret", which runs
+        the one for TPU on any platform, slowly. None is the kernel where the call is lowered for
+        TPU, runs whole on each device (`placing`) and `mosaic_tpu.fits`, and XLA elsewhere. Only
+        "xla" has forward-mode derivatives (jax.jvp) and derivatives of the gradient.
 
     All arrays but segments have gradients. Raises ValueError for arguments that don't fit each
-    other, NotImplementedError for states that are too large for the kernel that was asked for.
+    other, NotImplementedError for states that are too large for the kernel for TPU, where that is
+    asked for and lowered.
     """
+    if chunk is None:
+        chunk = tables.here().tile("chunk", _CHUNK, _NAME, **tables.case_of(x))
     _check(x, delta, rate, b, c, skip, segments, initial_state, chunk, implementation)
     B, T, N, H = x.shape
     # zeros vary over the axes of a mesh that x varies over, and so does what is added to them
@@ -93,11 +98,14 @@ _op.defvjp(_forward, _backward)
 
 
 def _run(name, args, implementation, **options):
-    by_xla = functools.partial(getattr(xla, name), **options)
-    by_kernel = functools.partial(getattr(mosaic_tpu, name), **options)
-    (_, _, b, _), *_ = args
+    forms = (
+        functools.partial(getattr(form, name), **options) for form in (xla, mosaic_tpu, mosaic_gpu)
+    )
+    (x, _, b, _), *_ = args
     fits = mosaic_tpu.fits(b.shape[-1], options["chunk"])
-    return placing.run(args, implementation, xla=by_xla, tpu=by_kernel, fits=fits)
+    by = dict(zip(("xla", "tpu", "gpu"), forms, strict=True))
+    row = tables.here().find(_NAME, **tables.case_of(x))
+    return placing.run(args, implementation, **by, fits=fits, row=row)
 
 
 def _check(x, delta, rate, b, c, skip, segments, initial_state, chunk, implementation):
@@ -119,7 +127,3 @@ def _check(x, delta, rate, b, c, skip, segments, initial_state, chunk, implement
     ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} of shape {array.shape} must have shape {shape}")
-    if implementation in ("pallas", "interpret") and not mosaic_tpu.fits(M, chunk):
-        raise NotImplementedError(
-            f"the kernel can't hold {chunk=} states of {M=} entries; a smaller chunk or 'xla' can"
-        )

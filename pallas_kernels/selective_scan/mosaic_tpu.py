@@ -22,7 +22,7 @@ _GROUP = layout.GROUP
 def forward(tokens, weights, state, new, *, chunk, keep=True, interpret=False):
     """(y, final state, and with `keep` the states (B N chunks M H) before each chunk)."""
     (B, T, N, H), M = tokens[0].shape, state.shape[-1]
-    cut = layout.Cut.of(H, M, T, chunk)
+    cut = _cut(H, M, T, chunk)
     inputs = cut.inputs(tokens, weights, new) | dict(before=cut.state(state))
     outputs = dict(y=inputs["x"], after=inputs["before"])
     if keep:
@@ -31,6 +31,15 @@ def forward(tokens, weights, state, new, *, chunk, keep=True, interpret=False):
     out = _call(_forward, cut, inputs, outputs, interpret=interpret, name="selective_scan")
     y, after, *states = out.values()
     return layout.join(y, tokens[0]), after[..., :H].mT, *(h[..., :H] for h in states)
+
+
+def _cut(H, M, T, chunk):
+    if not fits(M, chunk):
+        raise NotImplementedError(
+            f"the kernel for TPU can't hold {chunk=} states of {M=} entries; a smaller chunk or "
+            "'xla' can"
+        )
+    return layout.Cut.of(H, M, T, chunk)
 
 
 def _forward(refs):
@@ -54,7 +63,7 @@ def _forward(refs):
 def backward(tokens, weights, new, states, dy, dstate, *, chunk, interpret=False):
     """Gradients of (tokens, weights, initial state) by those of the output and the final state."""
     (_, T, _, H), M = dy.shape, dstate.shape[-1]
-    cut = layout.Cut.of(H, M, T, chunk)
+    cut = _cut(H, M, T, chunk)
     inputs = cut.inputs(tokens, weights, new)
     inputs |= dict(states=cut.lanes(states), dy=cut.channels(dy), dafter=cut.state(dstate))
     entries = [jax.ShapeDtypeStruct(cut.of_parts(inputs[k].shape), jnp.float32) for k in "bc"]

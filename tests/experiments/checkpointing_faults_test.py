@@ -1,15 +1,12 @@
 """Kills and damage: what is restored is exactly what was saved, or an older step with a reason."""
 
 import gc
-import itertools
 import os
 import pathlib
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -19,12 +16,11 @@ import pytest
 
 from attnjax.zoo import digest
 from experiments import checkpointing
+from tests.experiments import killed_run
 
 # Where one read fails, orbax abandons the others; Python reports each when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-ROOT = pathlib.Path(__file__).parents[2]
-PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 KINDS = (
     "_CHECKPOINT_METADATA",
     "commit_success.txt",
@@ -199,41 +195,34 @@ def test_nothing_valid_is_an_error_that_names_every_step(damaged):
     assert "\n" not in str(caught.value)
 
 
-def test_kill_9_at_any_moment_loses_nothing_durable(tmp_path):
-    script = pathlib.Path(__file__).with_name("killed_run.py")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PATH}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+def test_kill_9_at_any_moment_loses_nothing_durable(start, tmp_path):
     delays = random.Random(0)
     durable = 0
-    with subprocess.Popen([sys.executable, str(script)], env=environment, **pipes) as runs:
-        for steps in (2, 0, 4, 1, 0, 3, 2, 5):  # 0: most likely amid its restore
-            delay = delays.uniform(0, 0.1 if steps else 0.6)
-            durable = max(durable, _kill_a_run(runs, tmp_path, steps, delay))
-            _assert_intact(tmp_path, durable)
-        runs.stdin.close()
-    assert runs.returncode == 0 and durable >= 17
+    for steps in (2, 0, 4, 1, 0, 3, 2, 5):  # 0: most likely amid its restore
+        delay = delays.uniform(0, 0.1 if steps else 0.6)
+        run = start(killed_run.train, tmp_path)
+        durable = max(durable, _kill(run, steps, delay))
+        _assert_intact(tmp_path, durable)
+    assert durable >= 17
 
 
-def _kill_a_run(runs: subprocess.Popen, directory: pathlib.Path, steps: int, delay: float) -> int:
-    """Kills a new run `delay` seconds after `steps` durable steps; returns the last of these."""
-    print(directory, file=runs.stdin, flush=True)
-    process = int(next(runs.stdout).removeprefix("run "))
-    durable = [next(runs.stdout) for _ in range(steps)]
+def _kill(run, steps: int, delay: float) -> int:
+    """Kills a run `delay` seconds after `steps` durable steps; returns the last of these."""
+    said = "".join(next(run.output) for _ in range(steps))
     time.sleep(delay)
-    os.kill(process, signal.SIGKILL)
-    durable += itertools.takewhile(lambda line: line != "over\n", runs.stdout)
-    return max((int(line.removeprefix("durable ")) for line in durable), default=0)
+    status, rest = run.stop(signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    return max(map(int, re.findall(r"^durable (\d+)$", said + rest, re.MULTILINE)), default=0)
 
 
 def _assert_intact(directory: pathlib.Path, durable: int) -> None:
     """No step that was ever listed is damaged, the oldest kept included."""
-    target = {"key": jax.random.key(0), "w": jax.ShapeDtypeStruct((200_000,), jnp.uint32)}
+    target = killed_run.state_at(0)
     options = {"fingerprint": {}, "read_only": True}
     with checkpointing.Checkpointer(directory, **options) as reader:
         restored, newest = reader.restore_latest_valid(target), 0
         while restored:
-            key = jax.random.fold_in(jax.random.key(7), restored.step)
-            expected = {"key": key, "w": jax.random.bits(key, (200_000,), jnp.uint32)}
+            expected = killed_run.state_at(restored.step)
             digest.verify(restored.state, digest.digests(expected), path=directory)
             assert restored.skipped == () and restored.data_state == {"next": restored.step}
             newest = max(newest, restored.step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 
@@ -10,17 +11,9 @@ import pytest
 
 from attnjax.core import registry
 from attnjax.tasks import source
-from experiments import (
-    budget,
-    cells,
-    compare,
-    comparison_plan,
-    comparison_report,
-    confidence,
-    evaluation,
-    train,
-)
+from experiments import budget, cells, compare, confidence, evaluation, step_cost, train
 from experiments import config as configs
+from experiments.comparing import plan, report
 
 MECHANISMS = ("multi_head_attention", "hedgehog")
 TASK = "mqar(vocab_size=16, length=8, num_pairs=2)"
@@ -34,7 +27,7 @@ TINY = {
 }
 
 
-def arguments(path, mechanisms=MECHANISMS, lengths=("16",), **changes):
+def arguments(path, mechanisms=MECHANISMS, lengths=("8",), **changes):
     options = TINY | {"directory": str(path)} | {k.replace("_", "-"): v for k, v in changes.items()}
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     return [*flags, "--lengths", *lengths, "--mechanisms", *mechanisms]
@@ -70,7 +63,7 @@ def test_every_mechanism_is_trained_measured_and_shown(finished):
             assert cell["accuracy"] == cell["curve"][-1]["accuracy"]
             assert cell["updates"] is None and cell["failure"] is None
         assert row["cells"][0]["bits"] != row["cells"][1]["bits"]
-        assert [cost["length"] for cost in row["costs"]] == [16]
+        assert [cost["length"] for cost in row["costs"]] == [8]
         assert all(cost["seconds"] > 0 and cost["memory"] > 4000 for cost in row["costs"])
         assert abs(row["parameters"] / found["parameters"] - 1) <= found["tolerance"]
     assert found["machine"].strip() in page
@@ -92,19 +85,28 @@ def test_the_table_has_the_interval_over_seeds(finished):
 
 def test_a_finished_cell_is_not_trained_again(finished, tmp_path, monkeypatch):
     path = shutil.copytree(finished, tmp_path / "copy")
-    before, trained, whole = results(path), [], train.train
+    before, trained, measured = results(path), [], []
+    lines = next(path.rglob("metrics.jsonl")).read_text()
 
-    def counted(config):
+    def train_another(config):
         trained.append((*config.mixers, config.seed))
-        return whole(config)
+        folder = pathlib.Path(config.directory)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(lines)
 
-    monkeypatch.setattr(train, "train", counted)
+    def measure_another(config, *, runs):
+        measured.append(config.mixers)
+        return {"seconds": 1.0, "memory": 5000}
+
+    monkeypatch.setattr(train, "train", train_another)
+    monkeypatch.setattr(step_cost, "measure", measure_another)
     assert compare.main(arguments(path)) == 0
-    assert trained == [] and results(path) == before
+    assert trained == measured == [] and results(path) == before
     more = arguments(path, ("hedgehog", "gqa(num_kv_heads=1)"), seeds="1",
                      parameters=str(before["parameters"]))  # fmt: skip
     assert compare.main(more) == 0
-    assert trained == [("gqa(num_kv_heads=1)", 0)]
+    assert trained == [("gqa(num_kv_heads=1)", 0)] and measured == [("gqa(num_kv_heads=1)",)]
+    assert [row["mechanism"] for row in results(path)["rows"]] == ["hedgehog", measured[0][0]]
 
 
 def test_a_stopped_training_is_not_finished(tmp_path, monkeypatch, capsys):
@@ -124,17 +126,16 @@ def test_a_cell_that_is_not_finite_is_told_and_not_counted(finished, tmp_path, m
     assert cell["failure"] == "step 3: loss nan" and cell["accuracy"] is None
     found = results(finished)
     found["rows"][0]["cells"][1] = cell
-    page = comparison_report.write(tmp_path, found).read_text()
+    page = report.write(tmp_path, found).read_text()
     assert "multi_head_attention, seed 0, is not counted: step 3: loss nan" in page
     accuracy = found["rows"][0]["cells"][0]["accuracy"]
     assert f"<td class='number'>{accuracy:.3f}</td>" in page
 
 
 def test_the_target_ends_a_cell(tmp_path):
-    path = arguments(tmp_path, MECHANISMS[:1], target="0.0", seeds="1")
-    assert compare.main([*path, "--steps", "40"]) == 0
+    assert compare.main(arguments(tmp_path, MECHANISMS[:1], target="0.0", seeds="1")) == 0
     [cell] = results(tmp_path)["rows"][0]["cells"]
-    assert cell["updates"] == 2 and [point["step"] for point in cell["curve"]] == [2]
+    assert cell["updates"] == 1 and [point["step"] for point in cell["curve"]] == [1]
 
 
 @pytest.mark.parametrize(
@@ -191,12 +192,12 @@ def test_decode_states_are_counted_in_bytes():
     counters = 3 * 4  # of each cache, and of the model
     assert budget.state_bytes(model()) == caches + counters
     assert budget.state_bytes(model("gqa(num_kv_heads=1)")) == caches // 2 + counters
-    [longer] = comparison_plan.at_lengths(model("hedgehog"), (16,))
+    [longer] = plan.at_lengths(model("hedgehog"), (16,))
     assert budget.state_bytes(model("hedgehog")) == budget.state_bytes(longer)
 
 
 def test_batches_have_as_many_tokens_at_each_length():
-    for config, length in zip(comparison_plan.at_lengths(model(), (8, 32)), (8, 32), strict=True):
+    for config, length in zip(plan.at_lengths(model(), (8, 32)), (8, 32), strict=True):
         _, text = configs.make_task(config.task, "train")
         assert config.batch_size * length == 8 * 8 and len(text[0]["inputs"]) == length
         assert registry.parse_call(config.model)[1]["max_length"] == length

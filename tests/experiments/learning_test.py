@@ -1,5 +1,7 @@
 """Losses, the optimiser and the update of one step."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -22,69 +24,88 @@ CONFIG = configs.Experiment(
 def setting():
     _, source = configs.make_task(CONFIG.task, "train")
     model = learning.make_model(learning.model_description(CONFIG, source))
-    batch = jax.tree.map(jnp.asarray, next(evaluation.padded_batches(source, 4)))
+    batch = next(evaluation.padded_batches(source, 4))
     optimiser = learning.optimizer(CONFIG)
-    return model, optimiser, learning.init_state(model, optimiser, batch, 0), batch
+    state = jax.jit(lambda: learning.init_state(model, optimiser, batch, 0))()
+    return model, optimiser, state, batch
 
 
-def test_loss_counts_only_weighted_targets(setting):
-    model, _, state, batch = setting
-    _, sums = jax.jit(lambda b: learning.loss_sums(model, state["params"], b, state["key"]))(batch)
-    logits = np.asarray(model.apply({"params": state["params"]}, batch["inputs"]), np.float64)
+@pytest.fixture(scope="module")
+def measure(setting):
+    """batch -> (sums, loss with smoothed labels, what optax makes of it, logits)."""
+    model, _, state, _ = setting
+
+    @jax.jit
+    def measure(batch):
+        sums = functools.partial(learning.loss_sums, model, state["params"], batch, state["key"])
+        logits = model.apply({"params": state["params"]}, batch["inputs"])
+        wanted = optax.smooth_labels(jax.nn.one_hot(batch["targets"], logits.shape[-1]), 0.1)
+        smoothed = (batch["weights"] * optax.softmax_cross_entropy(logits, wanted)).sum()
+        return sums()[1], sums(label_smoothing=0.1)[0], smoothed, logits
+
+    return lambda batch: jax.device_get(measure(batch))
+
+
+def by_hand(batch, logits):
+    """The loss of each example, over its targets of weight 1."""
+    logits = logits.astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = sum(-log_p[b, t, batch["targets"][b, t]] for b, t in zip(*batch["weights"].nonzero(),
-                                                                        strict=True))  # fmt: skip
-    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
+    losses = np.zeros(len(logits))
+    for b, t in zip(*batch["weights"].nonzero(), strict=True):
+        losses[b] -= log_p[b, t, batch["targets"][b, t]]
+    return losses
+
+
+def test_loss_counts_only_weighted_targets(setting, measure):
+    batch = setting[-1]
+    sums, _, _, logits = measure(batch)
+    np.testing.assert_allclose(sums["loss"], by_hand(batch, logits).sum(), rtol=1e-5)
     assert sums["weight"] == 4 * 2
 
 
-def test_smoothed_labels_are_those_of_optax(setting):
-    model, _, state, batch = setting
-    run = lambda b: learning.loss_sums(model, state["params"], b, state["key"], label_smoothing=0.1)
-    loss, _ = jax.jit(run)(batch)
-    logits = model.apply({"params": state["params"]}, batch["inputs"])
-    wanted = optax.smooth_labels(jax.nn.one_hot(batch["targets"], logits.shape[-1]), 0.1)
-    expected = (batch["weights"] * optax.softmax_cross_entropy(logits, wanted)).sum()
+def test_smoothed_labels_are_those_of_optax(setting, measure):
+    _, loss, expected, _ = measure(setting[-1])
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter(setting):
     model, optimiser, state, batch = setting
     update = jax.jit(lambda s, b: learning.update(model, optimiser, s, b))
-    bad = batch | {"weights": batch["weights"].at[0].set(jnp.inf)}
-    new, metrics = update(state, bad)
+    weights = batch["weights"].copy()
+    weights[0] = np.inf
+    new, metrics = update(state, batch | {"weights": weights})
     assert not metrics["finite"]
     chex.assert_trees_all_equal(new["params"], state["params"])
     chex.assert_trees_all_equal(new["opt_state"], state["opt_state"])
     warm, metrics = update(update(state, batch)[0], batch)
     assert metrics["finite"]
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), warm["params"], state["params"])
+    both = jax.device_get((warm["params"], state["params"]))
+    changed = jax.tree.map(lambda a, b: (a != b).any(), *both)
     assert all(jax.tree.leaves(changed))
 
 
 def test_optimizer_warms_up_decays_and_clips():
     config = configs.Experiment(steps=100, warmup_steps=10, learning_rate=1.0, weight_decay=0.0)
     optimiser, params = learning.optimizer(config), {"w": jnp.zeros((2, 2))}
-    state, sizes = optimiser.init(params), []
-    for _ in range(100):
-        updates, state = optimiser.update({"w": jnp.full((2, 2), 1e6)}, state, params)
-        sizes.append(float(jnp.abs(updates["w"]).max()))
+
+    def step(state, gradient):
+        updates, state = optimiser.update({"w": gradient}, state, params)
+        return state, jnp.abs(updates["w"]).max()
+
+    gradients = np.full((100, 2, 2), 1e6, np.float32)
+    sizes = jax.jit(lambda: jax.lax.scan(step, optimiser.init(params), gradients)[1])()
     assert sizes[0] == 0 and np.argmax(sizes) == 10 and sizes[-1] < 0.02
 
 
-def test_padding_of_an_evaluation_counts_nothing(setting):
-    model, _, state, _ = setting
+def test_padding_of_an_evaluation_counts_nothing(measure):
     _, source = configs.make_task(CONFIG.task, "test")
-    for size in (2, 5):
-        totals = {}
-        for batch in evaluation.padded_batches(source, size, most=6):
-            batch = jax.tree.map(jnp.asarray, batch)
-            _, sums = learning.loss_sums(model, state["params"], batch, state["key"])
-            totals = {k: totals.get(k, 0) + float(x) for k, x in sums.items()}
-        assert totals["weight"] == 6 * 2
-        if size == 2:
-            first = totals
-    np.testing.assert_allclose(totals["loss"], first["loss"], rtol=1e-5)
+    padded, whole = (list(evaluation.padded_batches(source, 4, most=n)) for n in (6, 8))
+    found = [measure(batch)[0] for batch in padded]
+    first, second = (by_hand(batch, measure(batch)[-1]) for batch in whole)
+    assert sum(sums["weight"] for sums in found) == 6 * 2
+    np.testing.assert_allclose(
+        [s["loss"] for s in found], [first.sum(), second[:2].sum()], rtol=1e-5
+    )
 
 
 def test_a_model_that_does_not_fit_the_task_is_refused():

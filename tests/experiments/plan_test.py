@@ -7,7 +7,10 @@ import jax
 import pytest
 
 from experiments import config as configs
-from experiments import plan, plan_accelerators, plan_count, plan_mesh, plan_program, targets
+from experiments import plan, targets
+from experiments.planning import accelerators, program
+from experiments.planning import count as plan_count
+from experiments.planning import mesh as plan_mesh
 
 TINY = plan.Plan(
     task="mqar(vocab_size=32, length=16, num_pairs=2)",
@@ -66,9 +69,9 @@ def test_a_strategy_that_cannot_is_a_row_of_its_own(here, tmp_path, monkeypatch,
     def make(config, target, mesh, strategy):
         if strategy == "gather":
             raise NotImplementedError("gather can't honour this; ring would")
-        return dataclasses.replace(plan_program.refused(strategy, ""), fits=True, memory={"all": 5})
+        return dataclasses.replace(program.refused(strategy, ""), fits=True, memory={"all": 5})
 
-    monkeypatch.setattr(plan_program, "make", make)
+    monkeypatch.setattr(program, "make", make)
     data = plans(tmp_path, mesh=CONTEXT, context_strategies=("gather", "ring"))
     assert [row["strategy"] for row in data["plans"]] == ["ring", "gather"]
     assert "ring would" in capsys.readouterr().out
@@ -80,19 +83,19 @@ def test_a_strategy_that_cannot_is_a_row_of_its_own(here, tmp_path, monkeypatch,
 def test_longest_is_found(here, tmp_path, monkeypatch, most):
     def fake(config, target, mesh, strategy):
         length = configs.make_task(config.task, "train")[1].length
-        return plan_program.Planned(
+        return program.Planned(
             strategy="", length=length, fits=length <= most, over=0, refused="",
             memory={"all": length}, count=None,
         )  # fmt: skip
 
-    monkeypatch.setattr(plan_program, "make", fake)
+    monkeypatch.setattr(program, "make", fake)
     longest = plans(tmp_path, longest=True)["longest"]["length"]
     assert longest <= most < max(longest * 1.07, longest + 128) + 128
 
 
 def test_another_length_changes_task_and_positions():
     config = configs.Experiment(task="copy(length=8, num_tokens=4)", model="lm(max_length=12)")
-    longer = plan_program.at_length(config, 128)
+    longer = program.at_length(config, 128)
     assert longer.task == "copy(length=124, num_tokens=4)"
     assert longer.model == "lm(max_length=128)"
 
@@ -158,7 +161,7 @@ def test_a_compiler_that_is_missing_names_the_extra(monkeypatch, error, target, 
 
 
 def test_every_accelerator_has_a_public_source():
-    for name, accelerator in plan_accelerators.ACCELERATORS.items():
+    for name, accelerator in accelerators.ACCELERATORS.items():
         assert accelerator.name == name and accelerator.source.startswith("https://")
         assert all(math.isfinite(x) and x > 0 for x in (accelerator.flops, accelerator.links))
 

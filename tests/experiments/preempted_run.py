@@ -1,10 +1,7 @@
-"""A tiny run that ends well only when it is told to; the tests start it as a process and signal it.
+"""A tiny run that ends well only when it is told to; the tests call it in a process to signal."""
 
-Arguments: a directory, and for each of two processes the coordinator's address and its own index.
-"""
-
-import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +17,11 @@ def initial_state():
     return {"w": jax.make_array_from_callback(zeros.shape, sharding, lambda index: zeros[index])}
 
 
-def main(directory: str, *cluster: str) -> int:
-    if cluster:
-        address, index = cluster
-        jax.distributed.initialize(address, num_processes=2, process_id=int(index))
+def run(directory: str, address: str = "", index: int = 0) -> int:
+    """The exit status; with the coordinator's `address`, that of one process of two."""
+    warnings.simplefilter("error")
+    if address:
+        jax.distributed.initialize(address, num_processes=2, process_id=index)
     state = initial_state()
     advance = jax.jit(lambda w: w + jnp.float32(1))
     run = checkpointing.Checkpointer(directory, fingerprint={}, save_every=20)
@@ -41,7 +39,3 @@ def main(directory: str, *cluster: str) -> int:
                 print("running", flush=True)
             time.sleep(0.005)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

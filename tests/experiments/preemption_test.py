@@ -5,46 +5,21 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from experiments import checkpointing, preemption
-
-ROOT = pathlib.Path(__file__).parents[2]
-PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+from tests.experiments import forked, preempted_run
 
 
-@pytest.fixture
-def start():
-    """Starts preempted_run.py with arguments; returns the process."""
-    started = []
-
-    def start(*arguments: str) -> subprocess.Popen:
-        script = pathlib.Path(__file__).with_name("preempted_run.py")
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PATH}
-        command = [sys.executable, "-W", "error", str(script), *arguments]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+def _until_running(process: forked.Process) -> None:
+    assert "running\n" in iter(process.output.readline, "")
 
 
-def _until_running(process: subprocess.Popen) -> None:
-    assert "running\n" in iter(process.stdout.readline, "")
-
-
-def _stopped_at(process: subprocess.Popen, reason: str) -> int:
-    output = process.stdout.read()
-    assert process.wait() == 0
+def _stopped_at(process: forked.Process, reason: str) -> int:
+    status, output = process.end(timeout=100)
+    assert status == 0, output
     return int(re.search(rf"{reason}: stopped after step (\d+);", output)[1])
 
 
@@ -59,7 +34,7 @@ def _assert_saved(directory: pathlib.Path, step: int) -> None:
 def test_one_process_saves_the_step_it_stops_at_and_resumes_there(start, tmp_path):
     steps = [0]
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(str(tmp_path))
+        process = start(preempted_run.run, str(tmp_path))
         _until_running(process)
         process.send_signal(number)
         steps.append(_stopped_at(process, number.name))
@@ -73,7 +48,8 @@ def test_two_processes_stop_at_the_same_step_when_one_is_told(start, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        processes = [start(str(tmp_path), address, str(index)) for index in range(2)]
+        cluster = preempted_run.run, str(tmp_path), address
+        processes = [start(*cluster, index) for index in range(2)]
         for process in processes:
             _until_running(process)
         processes[1].send_signal(number)

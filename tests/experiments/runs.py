@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import sys
-
-import jax
 
 from experiments import config as configs
 from experiments import run_directory
@@ -32,20 +29,18 @@ def tiny(path, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def main(path):
-    """The tiny run in a process of its own, with a line for each step."""
+def loud(path) -> int:
+    """The tiny run, for a process of its own, with a line for each step."""
     from experiments import progress, train
 
     advance = progress.Progress.advance
 
-    def loud(self, metrics):
+    def advance_and_say(self, metrics):
         advance(self, metrics)
         print(f"done {self._done}", flush=True)
 
-    progress.Progress.advance = loud
-    jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_disable_most_optimizations", True)
-    sys.exit(train.train(tiny(path, cpu_devices=4)))
+    progress.Progress.advance = advance_and_say
+    return train.train(tiny(path, cpu_devices=4))
 
 
 def metrics(path):

@@ -1,7 +1,6 @@
 """Runs of real processes that meet over jax.distributed: one run, whatever becomes of them."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import pytest
 
 from experiments import config as configs
 from experiments import evaluation, finished, processes, train
-from tests.experiments import runs
+from tests.experiments import runs, several_hosts_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -36,32 +35,24 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture
-def start():
+def start_all(start):
     """Starts the processes of a run; returns them."""
-    started = []
 
-    def start(path, *, count, mesh, dies, after, **environment):
+    def start_all(path, *, count, mesh, dies, after, **environment):
         address = f"127.0.0.1:{free_port()}"
+        started = []
         for index in range(count):
-            changes = dict(path=str(path), mesh=mesh, cpu_devices=4 // count)
+            fields = dict(path=str(path), mesh=mesh, cpu_devices=4 // count)
             if environment:
-                changes |= dict(coordinator="auto")
+                fields |= dict(coordinator="auto")
             else:
-                changes |= dict(coordinator=address, num_processes=count, process_id=index)
-            script = pathlib.Path(__file__).with_name("several_hosts_run.py")
-            last = str(after if index == dies else 0)
-            command = [sys.executable, str(script), json.dumps(changes), last]
+                fields |= dict(coordinator=address, num_processes=count, process_id=index)
             own = {name: value.format(index) for name, value in environment.items()}
-            started.append(
-                subprocess.Popen(command, env=ENVIRONMENT | own, stderr=subprocess.PIPE, text=True)
-            )
-        return started[-count:]
+            last = after if index == dies else 0
+            started.append(start(several_hosts_run.run, fields, last, own))
+        return started
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    return start_all
 
 
 def free_port():
@@ -83,11 +74,11 @@ def assert_same(path, expected):
 def assert_the_others_end(processes_, dies, path):
     """Those that weren't killed end by themselves, and say who was lost and what to do."""
     for index, process in enumerate(processes_):
-        text = process.communicate(timeout=LONG)[1]
+        status, text = process.end(timeout=LONG)
         if index == dies:
-            assert process.returncode == -9
+            assert status == -9
             continue
-        assert process.returncode == processes.LOST, text
+        assert status == processes.LOST, text
         line = next(line for line in text.splitlines() if line.startswith("attnjax train"))
         assert f"process {dies} was lost" in line and f"process {index} of" in line
         saved = re.search(r"the same command goes on after step (\d+)", line)[1]
@@ -110,7 +101,7 @@ def test_two_processes_of_a_list_of_hosts_do_what_one_does(alone, tmp_path):
     assert_same(tmp_path / "two", alone)
 
 
-def test_a_run_that_loses_processes_goes_on_to_the_same_curve(alone, start, tmp_path):
+def test_a_run_that_loses_processes_goes_on_to_the_same_curve(alone, start_all, tmp_path):
     """A worker of two dies, then of four on another mesh the one where they meet; one ends it."""
     assert processes.HEARTBEAT_SECONDS + 5 <= 15
     path = tmp_path / "lost"
@@ -122,11 +113,11 @@ def test_a_run_that_loses_processes_goes_on_to_the_same_curve(alone, start, tmp_
         SLURM_PROCID="{}",
         SLURM_LOCALID="{}",
     )
-    first = start(path, count=2, mesh=dict(data=4), dies=1, after=7, **slurm)
+    first = start_all(path, count=2, mesh=dict(data=4), dies=1, after=7, **slurm)
     assert_the_others_end(first, 1, path)
-    second = start(path, count=4, mesh=dict(data=1, fsdp=2, context=2), dies=0, after=15)
+    second = start_all(path, count=4, mesh=dict(data=1, fsdp=2, context=2), dies=0, after=15)
     assert_the_others_end(second, 0, path)
-    assert train.train(runs.tiny(path, mesh=configs.Mesh(data=2, tensor=2))) == 0
+    assert train.train(runs.tiny(path)) == 0
     assert_same(path, alone)
 
 

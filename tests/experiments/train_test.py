@@ -2,10 +2,7 @@
 
 import json
 import pathlib
-import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -50,51 +47,35 @@ def test_a_run_ends_at_its_target_and_stays_there(tmp_path):
 
 def test_lines_before_the_first_checkpoint_are_written_anew(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
-    assert train.train(runs.tiny(tmp_path, steps=1)) == 0
+    assert train.train(runs.tiny(tmp_path, eval_every=1, target=0.0)) == 0  # one step
     assert [line["step"] for line in runs.metrics(tmp_path)] == [1, 1]  # training, test
 
 
-def start(path):
-    code = f"from tests.experiments import runs; runs.main({str(path)!r})"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-
 def wait_for_step(process, step):
-    for line in process.stdout:
+    for line in process.output:
         if line.startswith("done ") and int(line.split()[1]) >= step:
             return
     raise AssertionError("the run ended early")
 
 
-def end(process, number):
-    """Sends a signal; what the run still said."""
-    process.send_signal(number)
-    return process.communicate(timeout=100)[0]
-
-
-def test_killed_runs_resume_to_the_bit(uninterrupted, tmp_path, capsys):
-    path, draw = tmp_path / "killed", random.Random(0)
-    for step in (5, 11, 17):
-        process = start(path)
-        wait_for_step(process, step)
-        time.sleep(draw.uniform(0, 0.05))  # somewhere in a step, a save or a deletion
-        end(process, signal.SIGKILL)
+def test_a_run_that_is_killed_and_then_told_to_stop_resumes_to_the_bit(
+    uninterrupted, start, tmp_path, capsys
+):
+    path = tmp_path / "killed"
+    process = start(runs.loud, path)
+    wait_for_step(process, 9)
+    time.sleep(0.02)  # somewhere in a step, a save or a deletion
+    assert process.stop(signal.SIGKILL)[0] == -signal.SIGKILL
+    process = start(runs.loud, path)
+    wait_for_step(process, 17)
+    status, said = process.stop(signal.SIGTERM)
+    assert status == 0 and "SIGTERM: stopped after step" in said
     assert train.train(runs.tiny(path)) == 0
     assert "resumed after step" in capsys.readouterr().out
     assert runs.parameters(path) == runs.parameters(uninterrupted)
     keep = lambda line: {k: v for k, v in line.items() if k not in ("time", "tokens_per_second")}
     expected = [keep(line) for line in runs.metrics(uninterrupted)]
     assert [keep(line) for line in runs.metrics(path)] == expected
-
-
-def test_sigterm_saves_and_exits_with_0(uninterrupted, tmp_path):
-    path = tmp_path / "stopped"
-    process = start(path)
-    wait_for_step(process, 7)
-    out = end(process, signal.SIGTERM)
-    assert process.returncode == 0 and "SIGTERM: stopped after step" in out
-    assert train.train(runs.tiny(path)) == 0
-    assert runs.parameters(path) == runs.parameters(uninterrupted)
 
 
 def test_another_run_is_not_resumed(uninterrupted, capsys):
@@ -113,15 +94,10 @@ def test_a_batch_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         def map(self, element):
             Poison.seen = getattr(Poison, "seen", 0) + 1
             bad = np.float32("nan") if Poison.seen > 40 else np.float32(1)
-            return element | {"image": element["image"] * bad}
+            return element | {"weights": element["weights"] * bad}
 
     monkeypatch.setattr(configs, "make_augmentations", lambda texts: [Poison()])
-    config = runs.tiny(
-        tmp_path / "nan",
-        task="digits",
-        model="vit(features=8, depth=1, num_heads=2, patch=4)",
-        mixers=("multi_head_attention",),
-    )
+    config = runs.tiny(tmp_path / "nan")
     with pytest.raises(train.NotFinite, match=r"step \d+: loss nan .* batch [0-9a-f]{64}; last"):
         train.train(config)
     saved = [int(p.name) for p in pathlib.Path(config.directory, "checkpoints").glob("[0-9]*")]

@@ -12,28 +12,37 @@ from attnjax.core import masks
 from attnjax.higher_order.tensor_attention import TensorAttention, tensor_attention
 from attnjax.ops import dot_product_attention as ops
 from tests import cost
+from tests.cotangents import like
 
 KEY = jax.random.key(0)
 NAMES = ("q", "k1", "k2", "v1", "v2")
 
 
 def example(T=9, H=4):
-    return dict(zip(NAMES, jax.random.normal(KEY, (5, 2, T, 2, H)), strict=True))
+    draw = np.random.default_rng(0).normal(size=(5, 2, T, 2, H))
+    return dict(zip(NAMES, draw.astype(np.float32), strict=True))
 
 
-@pytest.mark.parametrize("mask", [None, masks.Causal(), masks.Window(2)])
-def test_without_second_keys_it_is_softmax_attention(mask):
+def test_without_second_keys_it_is_softmax_attention():
+    """With gradients; without a mask, and with masks of two kinds, by one program."""
     args = example()
-    ones = jnp.ones_like(args["k2"])
-    run = lambda q, k, v: tensor_attention(q, k, ones, v, ones, mask=mask)
-    other = functools.partial(ops.dot_product_attention, mask=mask, scale=1 / 4)
     arrays = args["q"], args["k1"], args["v1"]
 
-    def both(fn):
+    def with_gradients(fn, arrays):
         out, pull = jax.vjp(fn, *arrays)
         return out, pull(jnp.cos(out))
 
-    chex.assert_trees_all_close(*jax.jit(lambda: (both(run), both(other)))(), rtol=1e-5, atol=1e-5)
+    @jax.jit
+    def both(*arrays):
+        pairs = []
+        for mask in (None, masks.Causal(), masks.Window(2)):
+            ones = jnp.ones_like(arrays[1])
+            run = lambda q, k, v: tensor_attention(q, k, ones, v, ones, mask=mask)  # noqa: B023
+            other = functools.partial(ops.dot_product_attention, mask=mask, scale=1 / 4)
+            pairs.append([with_gradients(fn, arrays) for fn in (run, other)])
+        return tuple(zip(*pairs, strict=True))
+
+    chex.assert_trees_all_close(*both(*arrays), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("degree", [None, 2])
@@ -51,33 +60,36 @@ def test_finds_triples():
     the weight where no triple reaches 1.
     """
     T, M, limit = 6, 23, 0.98
-    x = jax.random.randint(KEY, (8, T), 0, M)
-    angle = 2 * jnp.pi * x / M
-    c, s, zero = jnp.cos(angle), jnp.sin(angle), jnp.zeros((8, T))
-    stack = lambda *features: jnp.stack(features, -1)
-    with_last = lambda x, last: jnp.concatenate([x, jnp.broadcast_to(last, (8, 1, 5))], 1)
-    last = jnp.array([[[0.0, 0, 0, 0, 1]]])
+    x = np.random.default_rng(0).integers(0, M, (8, T))
+    angle = 2 * np.pi * x / M
+    c, s, zero = np.cos(angle), np.sin(angle), np.zeros((8, T))
+    stack = lambda *features: np.stack(features, -1)
+    with_last = lambda x, last: np.concatenate([x, np.broadcast_to(last, (8, 1, 5))], 1)
+    last = np.array([[[0.0, 0, 0, 0, 1]]])
     q = stack(c, -c, -s, -s, zero + limit) * 5 * 2000
     k1, k2 = with_last(stack(c, s, s, c, zero), last), with_last(stack(c, s, c, s, zero), last)
-    v = jnp.concatenate([jnp.ones((8, T, 1)), jnp.zeros((8, 1, 1))], 1)
-    found = jax.jit(tensor_attention)(*(a[:, :, None] for a in (q, k1, k2, v, v)))[..., 0, 0]
+    v = np.concatenate([np.ones((8, T, 1)), np.zeros((8, 1, 1))], 1)
+    arrays = (a[:, :, None].astype(np.float32) for a in (q, k1, k2, v, v))
+    found = jax.device_get(jax.jit(tensor_attention)(*arrays))[..., 0, 0]
     sums = x[:, :, None, None] + x[:, None, :, None] + x[:, None, None, :]
     expected = (sums % M == 0).any((2, 3))
     assert 0.2 < expected.mean() < 0.8
-    chex.assert_trees_all_close(found, expected.astype(jnp.float32), atol=1e-3)
+    chex.assert_trees_all_close(found, expected.astype(np.float32), atol=1e-3)
 
 
 def errors(bounds, degrees, T=12):
     """The largest error of the polynomial, by the bound on the entries of q, k1 and k2."""
-    draw = jax.random.uniform(KEY, (3, 2, T, 2, 4), minval=-1.0)
-    v = jax.random.normal(KEY, (2, 2, T, 2, 4))
+    random = np.random.default_rng(0)
+    draw = random.uniform(-1, 1, (3, 2, T, 2, 4)).astype(np.float32)
+    v = random.normal(size=(2, 2, T, 2, 4)).astype(np.float32)
 
-    @functools.partial(jax.jit, static_argnames="degree")
-    def error(bound, degree):
+    @jax.jit
+    def error(bound, draw, v):
         run = functools.partial(tensor_attention, *(draw * bound), *v)
-        return jnp.abs(run(degree=degree) - run()).max()
+        exact = run()
+        return [jnp.abs(run(degree=degree) - exact).max() for degree in degrees]
 
-    return np.array([[error(bound, degree) for bound in bounds] for degree in degrees])
+    return np.stack([jax.device_get(error(bound, draw, v)) for bound in bounds], 1)
 
 
 def test_polynomial_is_good_for_small_entries():
@@ -99,35 +111,45 @@ def test_polynomial_costs_linear_time_and_the_exact_form_cubic():
 @pytest.mark.parametrize("mask", [None, masks.Causal()])
 def test_polynomial_honours_padding(mask):
     args = example(5)
-    run = jax.jit(functools.partial(tensor_attention, degree=2))
     wider = ((0, 0), (1, 2), (0, 0), (0, 0))
-    padded = {name: jnp.pad(x, wider, constant_values=9.0) for name, x in args.items()}
-    valid = masks.Valid(jnp.isin(jnp.arange(8), jnp.arange(1, 6))[None].repeat(2, 0))
-    y = run(**padded, mask=valid if mask is None else valid & mask)
-    chex.assert_trees_all_close(y[:, 1:6], run(**args, mask=mask), rtol=1e-4, atol=1e-5)
+    padded = {name: np.pad(x, wider, constant_values=9.0) for name, x in args.items()}
+
+    @jax.jit
+    def both(padded, args, seen):
+        valid = masks.Valid(seen)
+        run = functools.partial(tensor_attention, degree=2)
+        y = run(**padded, mask=valid if mask is None else valid & mask)
+        return y, run(**args, mask=mask)
+
+    seen = ((np.arange(8) >= 1) & (np.arange(8) < 6))[None].repeat(2, 0)
+    y, expected = jax.device_get(both(padded, args, seen))
+    chex.assert_trees_all_close(y[:, 1:6], expected, rtol=1e-4, atol=1e-5)
     if mask is not None:
         assert not y[:, 0].any()  # sees nothing
 
 
 def test_streams_with_a_polynomial():
     module = TensorAttention(num_heads=2, head_dim=4, degree=2)
-    x = jax.random.normal(KEY, (2, 7, 8))
+    x = np.random.default_rng(0).normal(size=(2, 7, 8)).astype(np.float32)
+    params = like(jax.eval_shape(module.init, KEY, x))
+    params = jax.tree.map(lambda p: p / 4, jax.device_get(params))
 
     @jax.jit
-    def both(x):
-        y, params = module.init_with_output(KEY, x, mask=masks.Causal())
+    def both(params, x):
+        y = module.apply(params, x, mask=masks.Causal())
         state, ys = module.apply(params, 2, 9, method="init_state"), []
         for piece in jnp.split(x, (4, 5), 1):
             state, part = module.apply(params, state, piece, method="extend")
             ys.append(part)
         return y, jnp.concatenate(ys, 1)
 
-    chex.assert_trees_all_close(*both(x), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(*both(params, x), rtol=1e-4, atol=1e-5)
 
 
 def test_refuses_what_it_cannot_do():
     for degree in (3, -2):
         with pytest.raises(ValueError, match=f"{degree=} must be even and at least 0"):
-            tensor_attention(**example(), degree=degree)
+            jax.eval_shape(lambda x, d=degree: tensor_attention(**x, degree=d), example())
     with pytest.raises(NotImplementedError, match="tensor_attention with a degree can't honour"):
-        tensor_attention(**example(), degree=2, mask=masks.Window(2))
+        run = functools.partial(tensor_attention, degree=2, mask=masks.Window(2))
+        jax.eval_shape(lambda args: run(**args), example())

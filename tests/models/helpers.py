@@ -4,9 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax import models
 from attnjax.core import registry
+from attnjax.models import backbone
+from tests.initial import initial
 
 KEY = jax.random.key(0)
 RNGS = dict(params=KEY, noise=KEY)
@@ -46,33 +49,53 @@ def model_of(name):
 
 
 def tokens(T=8):
-    return jax.random.randint(KEY, (2, T), 0, 11)
+    return np.random.default_rng(0).integers(0, 11, (2, T), np.int32)
 
 
 def images():
-    return jax.random.normal(KEY, (2, 32, 32, 1))
+    return np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
+
+
+def inputs(model):
+    return images() if hasattr(model, "image_size") else tokens()
 
 
 def init(model, x):
-    return model.init(RNGS, x)["params"]
+    return model.init(RNGS, jnp.asarray(x))["params"]
+
+
+@functools.cache
+def shapes_of(model):
+    """(output, parameters) of a model, traced alone."""
+    trace = lambda x: model.init_with_output(RNGS, x)
+    y, variables = jax.eval_shape(trace, inputs(model))
+    return y, variables["params"]
 
 
 @functools.cache
 def params_of(model):
-    """Parameters of a model, and what it takes: initialised once for all tests."""
-    x = images() if hasattr(model, "image_size") else tokens()
-    return jax.jit(functools.partial(init, model))(x), x
+    """Parameters of a model, and what it takes: initialised once for all tests.
+
+    Those of a scan over layers are those of the loop, so that the two may be compared.
+    """
+    if model.remat != "none":
+        return params_of(model.clone(remat="none"))
+    if model.scan:
+        params, x = params_of(model.clone(scan=False))
+        stack = jax.jit(functools.partial(backbone.stacked, period=len(model.mixers)))
+        return stack(params), x
+    return initial(functools.partial(init, model), inputs(model)), inputs(model)
 
 
 def run(model, params, x, **options):
-    return model.apply({"params": params}, x, rngs=dict(noise=KEY), **options)
+    return model.apply({"params": params}, jnp.asarray(x), rngs=dict(noise=KEY), **options)
 
 
 @functools.cache
 def value_and_grad(model):
     """A scalar that every logit matters to, and its gradients, at the model's own parameters."""
-    params, x = params_of(model)
-    return jax.jit(jax.value_and_grad(functools.partial(loss, model)))(params, x)
+    run = jax.jit(jax.value_and_grad(functools.partial(loss, model)))
+    return jax.device_get(run(*params_of(model)))
 
 
 def loss(model, params, x):

@@ -12,12 +12,10 @@ from attnjax.core import masks
 from attnjax.ops import linear_recurrence as ops
 
 T = 21
-KEYS = jax.random.split(jax.random.key(0), 4)
-Q, K, V = jax.random.normal(KEYS[0], (3, 2, T, 3, 4)) / 2
-HEAD, CHANNEL = (
-    -jax.random.uniform(key, (2, T, 3, n)) for key, n in zip(KEYS[1:3], (1, 4), strict=True)
-)
-BETA = jax.random.uniform(KEYS[3], (2, T, 3))
+DRAW = np.random.default_rng(0)
+Q, K, V = (jnp.asarray(DRAW.normal(scale=0.5, size=(2, T, 3, 4)), "float32") for _ in "qkv")
+HEAD, CHANNEL = (jnp.asarray(-DRAW.random((2, T, 3, n)), "float32") for n in (1, 4))
+BETA = jnp.asarray(DRAW.random((2, T, 3)), "float32")
 GATES = {
     "head": dict(log_decay=HEAD),
     "channel": dict(log_decay=CHANNEL),
@@ -26,9 +24,11 @@ GATES = {
 }
 BEGINS = (0, 6, 7, T)
 PACKED = masks.Segments(
-    jnp.repeat(jnp.array([[0, 1, 2], [5, 4, 9]]), jnp.diff(jnp.array(BEGINS)), axis=1)
+    jnp.asarray(np.repeat(np.array([[0, 1, 2], [5, 4, 9]]), np.diff(BEGINS), axis=1))
 )
-PADDED = masks.Valid(jnp.ones((2, T), bool).at[0, :4].set(False).at[1, 9:13].set(False))
+SEEN = np.ones((2, T), bool)
+SEEN[0, :4] = SEEN[1, 9:13] = False
+PADDED = masks.Valid(jnp.asarray(SEEN))
 
 
 def run(args, mask=None, start=None):
@@ -54,25 +54,31 @@ def test_a_document_is_alone(gate):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_padding_changes_nothing(gate):
-    args, kept = (Q, K, V, GATES[gate]), np.asarray(PADDED.keys)
+    args = (Q, K, V, GATES[gate])
 
     def without(b):
-        one = jax.tree.map(lambda x: x[b : b + 1, np.flatnonzero(kept[b])], args)
+        one = jax.tree.map(lambda x: x[b : b + 1, np.flatnonzero(SEEN[b])], args)
         return jax.tree.map(lambda x: x[0], run(one))
 
-    (o, state), short = jax.jit(lambda: (run(args, PADDED), [without(0), without(1)]))()
+    both = jax.jit(lambda: (run(args, PADDED), [without(0), without(1)]))
+    (o, state), short = jax.device_get(both())
     for b in range(2):
-        chex.assert_trees_all_close((o[b][kept[b]], state[b]), short[b], rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close((o[b][SEEN[b]], state[b]), short[b], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", [None, PADDED, PACKED], ids=["plain", "padded", "packed"])
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_carry_is_what_becomes_of_an_initial_state(gate, mask):
-    start = jax.random.normal(jax.random.key(1), (2, 3, 4, 4))
+    start = np.random.default_rng(1).standard_normal((2, 3, 4, 4), "f4")
+    decay = GATES[gate]["log_decay"]
     final = lambda start: run((Q, K, V, GATES[gate]), mask, start)[1]
-    left = jax.jit(lambda: final(start) - final(jnp.zeros_like(start)))()
-    expected = ops.carry(GATES[gate]["log_decay"], mask=mask) * start
-    chex.assert_trees_all_close(left, expected, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def both(start):
+        left = final(start) - final(jnp.zeros_like(start))
+        return left, ops.carry(decay, mask=mask) * start
+
+    chex.assert_trees_all_close(*both(start), rtol=1e-5, atol=1e-5)
 
 
 def test_refuses_what_it_cannot_honour():

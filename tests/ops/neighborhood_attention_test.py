@@ -6,14 +6,14 @@ import inspect
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from attnjax.core import registry
 from attnjax.ops import neighborhood_attention as ops
 from pallas_kernels import neighborhood as kernels
 from pallas_kernels import placing
-
-KEY = jax.random.key(0)
+from tests import cotangents
 
 
 def grid(*shape, N=2, K=2, H=4):
@@ -24,14 +24,14 @@ def groups(G=3, T=4, S=5, N=2, K=2, H=4):
     return _random((2, G, T, N, H), (2, G, S, K, H), (2, G, S, K, H))
 
 
-def _random(*shapes):
-    keys = jax.random.split(KEY, len(shapes))
-    return [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)]
+def _random(*shapes, seed=0):
+    draw = np.random.default_rng(seed).standard_normal
+    return [jnp.asarray(draw(shape), "float32") for shape in shapes]
 
 
 def with_gradients(fn, args):
     o, vjp = jax.vjp(lambda args: fn(*args), args)
-    return o, vjp(jax.random.normal(KEY, o.shape))
+    return o, vjp(cotangents.like(o))
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,10 @@ def test_windows_by_the_kernel_equal_their_oracles(name, shape, options, monkeyp
     monkeypatch.setattr(ops, "neighborhood_attention", by_kernel)
     record, args = registry.get(name), grid(*shape)
     if name == "swin":
-        args.append(jax.random.normal(KEY, (1, 2, 9, 9)))
-    run = lambda fn: with_gradients(functools.partial(fn, **options), args)
-    chex.assert_trees_all_close(
-        *jax.jit(lambda: (run(record.fn), run(record.oracle)))(), rtol=1e-4, atol=1e-5
-    )
+        args += _random((1, 2, 9, 9), seed=1)
+    fns = [functools.partial(fn, **options) for fn in (record.fn, record.oracle)]
+    both = jax.jit(lambda args: [with_gradients(fn, args) for fn in fns])
+    chex.assert_trees_all_close(*both(args), rtol=1e-4, atol=1e-5)
 
 
 def test_the_kernel_is_the_default_on_tpu(monkeypatch):
@@ -67,13 +66,14 @@ def test_the_kernel_is_the_default_on_tpu(monkeypatch):
 
 
 def test_xla_has_forward_mode_and_both_agree():
-    args, bias = groups(N=4), jax.random.normal(KEY, (1, 4, 4, 5))
+    args, [bias] = groups(N=4), _random((1, 4, 4, 5), seed=1)
     run = lambda name: (
         lambda *args: ops.neighborhood_attention(*args, bias=bias, implementation=name)
     )
-    o, tangent = jax.jit(lambda: jax.jvp(run("xla"), tuple(args), tuple(args)))()
-    assert tangent.any()
-    chex.assert_trees_all_close(jax.jit(run("interpret"))(*args), o, rtol=1e-5, atol=1e-5)
+    both = jax.jit(lambda *args: (jax.jvp(run("xla"), args, args), run("interpret")(*args)))
+    (o, tangent), by_kernel = both(*args)
+    assert np.any(tangent)
+    chex.assert_trees_all_close(by_kernel, o, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_had_raises():
@@ -87,5 +87,6 @@ def test_what_cannot_be_had_raises():
         run(q, k, v, bias=jnp.zeros((2, 4, 5)))
     with pytest.raises(ValueError, match="must be of A=1 axes, G=3, T=4 and S=5"):
         run(q, k, v, near=kernels.Near(*(jnp.zeros((1, 3, 4), int) for _ in range(3))))
+    large = jax.jit(functools.partial(run, implementation="pallas"))
     with pytest.raises(NotImplementedError, match="too large for the kernel"):
-        run(*groups(T=1, S=5000, H=128), implementation="pallas")
+        large.trace(*groups(T=1, S=5000, H=128)).lower(lowering_platforms=("tpu",))

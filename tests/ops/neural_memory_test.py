@@ -8,19 +8,19 @@ import pytest
 
 from attnjax.core import masks
 from attnjax.ops import neural_memory as ops
+from tests import cotangents
 
-KEY = jax.random.key(0)
 FORMS = [(1, 1), (1, 4), (2, 1), (3, 5)]  # depth, chunk
-every_form = pytest.mark.parametrize(("depth", "chunk"), FORMS)
 
 
 def inputs(depth, T):
-    keys = jax.random.split(KEY, 3)
-    x = jax.random.normal(keys[0], (3, 2, T, 2, 4))
-    q, k, v = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    gates = jax.random.uniform(keys[1], (3, 2, T, 2), minval=0.1)
-    weights = jax.random.normal(keys[2], (2, depth, 4, 4)) / 2
-    return (q, k, v, gates[0], jnp.log(gates[1]), jnp.log(gates[2])), weights
+    draw = np.random.default_rng(0)  # JAX would compile each of these operations
+    x = draw.normal(size=(3, 2, T, 2, 4))
+    x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    rate, momentum, keep = draw.uniform(0.1, 1, size=(3, 2, T, 2))
+    tokens = *x, rate, np.log(momentum), np.log(keep)
+    tokens = tuple(a.astype(np.float32) for a in tokens)
+    return tokens, draw.normal(scale=0.5, size=(2, depth, 4, 4)).astype(np.float32)
 
 
 def run(tokens, weights, state=None, **options):
@@ -52,62 +52,74 @@ def token_by_token(tokens, weights, chunk):
     return o.swapaxes(0, 1), M, S
 
 
-@every_form
-@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize(
+    ("depth", "chunk", "T"), [(*form, 70) for form in FORMS] + [(1, 1, 1), (1, 4, 1)]
+)
 def test_equals_the_recurrence(depth, chunk, T):
-    args = inputs(depth, T)
-
     def fast(tokens, weights):
         o, state = run(tokens, weights, chunk=chunk)
         return o, state.weights, state.momentum
 
-    def with_gradients(fn):
+    def with_gradients(fn, args):
         out, vjp = jax.vjp(fn, *args)
-        return out, vjp(jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), out))
+        return out, vjp(cotangents.like(out))
 
     slow = lambda tokens, weights: token_by_token(tokens, weights, chunk)
-    actual, expected = jax.jit(lambda: (with_gradients(fast), with_gradients(slow)))()
-    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
+    both = jax.jit(lambda *args: [with_gradients(fn, args) for fn in (fast, slow)])
+    chex.assert_trees_all_close(*both(*inputs(depth, T)), rtol=1e-4, atol=1e-4)
 
 
-@every_form
-@pytest.mark.parametrize("pieces", [(1,) * 13, (2, 1, 9, 1)])
-def test_pieces_equal_the_whole(depth, chunk, pieces):
-    tokens, weights = inputs(depth, 13)
+@pytest.mark.parametrize(("depth", "chunk"), FORMS)
+def test_pieces_equal_the_whole(depth, chunk):
+    """Token by token, and in pieces that end before, in and after chunks."""
+
+    def some(state, tokens):
+        o, state = ops.neural_memory(*tokens, state, chunk=chunk)
+        return state, o
 
     @jax.jit
-    def in_pieces():
-        state, os = ops.State.begin(weights, 2), []
-        cuts = [jnp.split(x, np.cumsum(pieces)[:-1], axis=1) for x in tokens]
-        for piece in zip(*cuts, strict=True):
-            o, state = ops.neural_memory(*piece, state, chunk=chunk)
+    def runs(tokens, weights):
+        begin, os = ops.State.begin(weights, 2), []
+        single = [x.swapaxes(0, 1)[:, :, None] for x in tokens]
+        end, o = jax.lax.scan(some, begin, single)
+        by_token = o[:, :, 0].swapaxes(0, 1), end[:2]
+        for piece in zip(*(jnp.split(x, [2, 3, 12], axis=1) for x in tokens), strict=True):
+            begin, o = some(begin, piece)
             os.append(o)
-        return jnp.concatenate(os, 1), state[:2]
+        by_pieces = jnp.concatenate(os, 1), begin[:2]
+        whole, state = run(tokens, weights, chunk=chunk)
+        return by_token, by_pieces, (whole, state[:2])
 
-    o, state = jax.jit(lambda: run(tokens, weights, chunk=chunk))()
-    chex.assert_trees_all_close(in_pieces(), (o, state[:2]), rtol=1e-4, atol=1e-5)
+    by_token, by_pieces, whole = runs(*inputs(depth, 13))
+    chex.assert_trees_all_close(by_token, whole, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(by_pieces, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("depth", "chunk"), [(1, 1), (2, 1)])
 def test_padding_changes_nothing(depth, chunk):
-    tokens, weights = inputs(depth, 11)
-    valid = jnp.ones((2, 11), bool).at[:, 4:7].set(False)
-    at = np.flatnonzero(valid[0])
-    o, state = run(tokens, weights, mask=masks.Causal() & masks.Valid(valid), chunk=chunk)
-    short, left = run(jax.tree.map(lambda x: x[:, at], tokens), weights, chunk=chunk)
-    chex.assert_trees_all_close((o[:, at], state[:2]), (short, left[:2]), rtol=1e-4, atol=1e-5)
+    at = np.array([0, 1, 2, 3, 7, 8, 9, 10])
+    mask = masks.Causal() & masks.Valid(jnp.asarray(np.tile(np.isin(np.arange(11), at), (2, 1))))
+
+    @jax.jit
+    def both(tokens, weights):
+        o, state = run(tokens, weights, mask=mask, chunk=chunk)
+        short, left = run([x[:, at] for x in tokens], weights, chunk=chunk)
+        return (o[:, at], state[:2]), (short, left[:2])
+
+    chex.assert_trees_all_close(*both(*inputs(depth, 11)), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_within_a_chunk_is_not_learned():
     tokens, weights = inputs(2, 8)
-    valid = masks.Valid(jnp.ones((2, 8), bool).at[:, 5].set(False))
-    other = jax.tree.map(lambda x: x.at[:, 5].set(0.5 * x[:, 5] - 0.1), tokens)
-    states = [run(x, weights, mask=valid, chunk=4)[1] for x in (tokens, other)]
-    chex.assert_trees_all_equal(*states)
+    valid = masks.Valid(jnp.asarray(np.tile(np.arange(8) != 5, (2, 1))))
+    at_5 = np.arange(8) == 5
+    other = [np.where(at_5.reshape(8, *[1] * (x.ndim - 2)), 0.5 * x - 0.1, x) for x in tokens]
+    end = jax.jit(lambda tokens, weights: run(tokens, weights, mask=valid, chunk=4)[1])
+    chex.assert_trees_all_equal(end(list(tokens), weights), end(other, weights))
 
 
 def test_wrong_arguments_raise():
-    tokens, weights = inputs(1, 3)
+    tokens, weights = jax.tree.map(jnp.asarray, inputs(1, 3))
     with pytest.raises(ValueError, match="chunk=0 and T=3 must be at least 1"):
         run(tokens, weights, chunk=0)
     with pytest.raises(NotImplementedError, match="me can't honour Window"):

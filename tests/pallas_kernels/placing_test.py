@@ -1,6 +1,8 @@
 """Kernels are chosen by default only where XLA need not partition them."""
 
 import jax
+import jax.numpy as jnp
+import pytest
 
 from attnjax.core import sharding
 from pallas_kernels import placing
@@ -38,3 +40,19 @@ def test_a_mesh():
         assert seen_in(jax.jit)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert not seen_in(jax.jit)
+
+
+def by_gpu(x):
+    raise NotImplementedError("the kernel has no room")
+
+
+@pytest.mark.parametrize("gpu", [None, by_gpu])
+@pytest.mark.parametrize("way", [lambda f: f, jax.grad])
+def test_no_kernel_of_this_platform(gpu, way):
+    f = lambda x: placing.run((x,), "pallas", xla=jnp.sin, tpu=jnp.sin, gpu=gpu)
+    program = jax.jit(way(f)).trace(1.0)
+    program.lower(lowering_platforms=("tpu",))
+    with pytest.raises(NotImplementedError, match="kernel for tpu.* only; implementation='xla'"):
+        program.lower()
+    with pytest.raises(NotImplementedError, match="no room; implem" if gpu else "for tpu only"):
+        program.lower(lowering_platforms=("cuda",))

@@ -6,6 +6,7 @@ import inspect
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -13,28 +14,32 @@ from attnjax.core import sharding
 from pallas_kernels import placing
 from pallas_kernels import selective_scan as kernels
 from pallas_kernels.selective_scan import mosaic_tpu, xla
-from tests import cost
+from tests import cost, cotangents
 
-KEY = jax.random.key(0)
 N, H, M = 3, 4, 5
 
 
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """Of the kernel's tokens, which it unrolls: several of them in the smallest chunk."""
+    monkeypatch.setattr(mosaic_tpu, "_GROUP", 4)
+    monkeypatch.setattr(mosaic_tpu.layout, "GROUP", 4)
+
+
 def inputs(T, dtype=jnp.float32, strength=1.0, N=N, H=H, M=M):
-    keys = jax.random.split(KEY, 6)
-    x, delta = jax.random.normal(keys[0], (2, 2, T, N, H))
-    b, c = jax.random.normal(keys[1], (2, 2, T, N, M))
-    args = dict(x=x, delta=strength * jax.nn.softplus(delta - 1), b=b, c=c)
-    args["rate"] = -jnp.exp(jax.random.normal(keys[2], (N, H, M)))
-    args["skip"] = jax.random.normal(keys[3], (N, H))
-    state = jax.random.normal(keys[4], (2, N, H, M))
-    return jax.tree.map(lambda a: a.astype(dtype), args) | dict(initial_state=state)
+    draw = np.random.default_rng(0).standard_normal  # JAX would compile each of these operations
+    x, delta = draw((2, 2, T, N, H))
+    b, c = draw((2, 2, T, N, M))
+    args = dict(x=x, delta=strength * np.log1p(np.exp(delta - 1)), b=b, c=c)
+    args |= dict(rate=-np.exp(draw((N, H, M))), skip=draw((N, H)))
+    args = {name: jnp.asarray(a, dtype) for name, a in args.items()}
+    return args | dict(initial_state=jnp.asarray(draw((2, N, H, M)), "float32"))
 
 
 def packed(T):
     """Segments that begin within chunks of 16 and at their borders, one of a single token."""
-    first = jnp.isin(jnp.arange(T), jnp.array([3, 4, 16, 21]))
-    second = jnp.isin(jnp.arange(T), jnp.array([15, 32]))
-    return jnp.cumsum(jnp.stack([first, second]), 1)
+    first, second = (np.isin(np.arange(T), starts) for starts in ([3, 4, 16, 21], [15, 32]))
+    return jnp.asarray(np.cumsum(np.stack([first, second]), 1), jnp.int32)
 
 
 def oracle(x, delta, rate, b, c, skip, initial_state, segments):
@@ -55,43 +60,53 @@ def oracle(x, delta, rate, b, c, skip, initial_state, segments):
 def with_gradients(fn, args):
     """Outputs, and gradients by random cotangents of both the output and the final state."""
     out, vjp = jax.vjp(lambda args: fn(**args), args)
-    keys = jax.random.split(KEY)
-    return out, vjp(tuple(jax.random.normal(k, a.shape) for k, a in zip(keys, out, strict=True)))
+    return out, vjp(cotangents.like(out))
 
 
 def test_tokens_at_once_equal_tokens_in_turn():
-    decay, added = jax.random.uniform(KEY, (2, 2, 13, N, H, M))
-    state = jax.random.normal(KEY, (2, N, H, M))
+    draw = np.random.default_rng(0)
+    decay, added = draw.random((2, 2, 13, N, H, M), "f4")
+    state = draw.standard_normal((2, N, H, M), "f4")
     both = (jax.jit(form)(decay, added, state) for form in (xla.at_once, xla.in_turn))
     chex.assert_trees_all_close(*both, rtol=1e-5, atol=1e-6)
 
 
-def assert_equals_the_recurrence(args, segments=None, **options):
-    fn = functools.partial(kernels.selective_scan, segments=segments, chunk=16, **options)
-    starts = jnp.zeros(args["x"].shape[:2], int) if segments is None else segments
-    slow = functools.partial(oracle, segments=starts)
-    actual, expected = jax.jit(lambda: (with_gradients(fn, args), with_gradients(slow, args)))()
-    assert_close(actual, expected)
+def both(segments, *forms):
+    """A program of each form, which is options of `selective_scan`, and of the recurrence."""
+    fns = [functools.partial(kernels.selective_scan, segments=segments, **x) for x in forms]
+
+    @jax.jit
+    def run(args):
+        starts = jnp.zeros(args["x"].shape[:2], int) if segments is None else segments
+        slow = functools.partial(oracle, segments=starts)
+        return [with_gradients(fn, args) for fn in (*fns, slow)]
+
+    return run
 
 
 def assert_close(actual, expected):
     """Within 1e-5 of a typical entry: a sum of many terms has the rounding of their size."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5 * float(jnp.sqrt(jnp.mean(b**2))))
+        a, b = np.asarray(a), np.asarray(b)
+        chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5 * float(np.sqrt(np.mean(b**2))))
 
 
-@pytest.mark.parametrize(
-    ("T", "segmented", "implementation"),
-    [
-        (32, False, None),
-        (37, True, None),
-        (37, True, "xla"),
-        (33, True, "interpret"),  # of the last chunk there is one token
-    ],
-)
-def test_equals_the_recurrence(T, segmented, implementation):
-    segments = packed(T) if segmented else None
-    assert_equals_the_recurrence(inputs(T), segments, implementation=implementation)
+@pytest.fixture(scope="module")
+def every_form():
+    """With chunks that are half as long, twice, and of 33 tokens one alone in the last."""
+    forms = dict(chunk=16, implementation="interpret"), dict(chunk=16, implementation="xla")
+    return both(packed(33), *forms, dict(chunk=32))
+
+
+def test_equals_the_recurrence(every_form):
+    *actual, expected = every_form(inputs(33))
+    for each in actual:
+        assert_close(each, expected)
+
+
+def test_no_step_overflows(every_form):
+    for leaf in jax.tree.leaves(every_form(inputs(33, strength=1e4))):
+        assert np.isfinite(leaf).all()
 
 
 def test_channels_in_several_parts():
@@ -99,15 +114,9 @@ def test_channels_in_several_parts():
     args = inputs(19, N=1, H=130, M=136)
     assert mosaic_tpu.layout.Cut.of(130, 136, 19, 16).parts == 2
     args["delta"] = args["delta"].at[:, 7].set(1e4)  # and a step that forgets all before
-    assert_equals_the_recurrence(args, implementation="interpret")
-
-
-def test_size_of_a_chunk_changes_nothing():
-    args = inputs(70)
-    run = lambda chunk: kernels.selective_scan(**args, chunk=chunk)
-    small, odd, large = jax.jit(lambda: [run(chunk) for chunk in (16, 48, 64)])()
-    chex.assert_trees_all_close(small, large, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(odd, large, rtol=1e-5, atol=1e-5)
+    *actual, expected = both(None, dict(chunk=16, implementation="interpret"), dict(chunk=16))(args)
+    for each in actual:
+        assert_close(each, expected)
 
 
 def test_state_leads_from_one_piece_to_the_next():
@@ -133,18 +142,14 @@ def test_states_of_all_tokens_are_never_held(backward):
     assert cost.largest_array(fn, args) <= 2 * 4096 * N * M  # of b and c
 
 
-def test_no_step_overflows():
-    args = inputs(40, strength=1e4)
-    for leaf in jax.tree.leaves(jax.jit(lambda: with_gradients(kernels.selective_scan, args))()):
-        assert jnp.isfinite(leaf).all()
-
-
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
-def test_bfloat16_goes_in_and_out_with_a_float32_state(implementation):
+def test_bfloat16_goes_in_and_out_with_a_float32_state(implementation, monkeypatch):
+    monkeypatch.undo()  # groups as large as on a TPU
     args = inputs(20, jnp.bfloat16)
     raised = {k: a.astype(jnp.float32) for k, a in args.items()}
     run = functools.partial(kernels.selective_scan, implementation=implementation)
-    (y, state), (exact, exact_state) = jax.jit(lambda: (run(**args), run(**raised)))()
+    both = jax.jit(lambda args, raised: (run(**args), run(**raised)))
+    (y, state), (exact, exact_state) = both(args, raised)
     assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
     chex.assert_trees_all_equal(y, exact.astype(jnp.bfloat16))
     chex.assert_trees_all_close(state, exact_state, rtol=1e-6)
@@ -167,6 +172,7 @@ def test_two_cores_do_not_race():
 
 
 def test_kernels_lower_for_tpu_by_default(monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setattr(placing, "whole", lambda: True)
     args = jax.eval_shape(lambda: inputs(70, jnp.bfloat16))
     run = functools.partial(kernels.selective_scan, segments=packed(70))
@@ -208,7 +214,7 @@ def test_states_too_large_for_the_kernel():
     assert not mosaic_tpu.fits(300, 64) and mosaic_tpu.fits(300, 48)
     run(None)  # takes XLA's
     with pytest.raises(NotImplementedError, match="can't hold chunk=64 states of M=300 entries"):
-        run("pallas")
+        run("interpret")
 
 
 @pytest.mark.parametrize(
@@ -218,13 +224,13 @@ def test_states_too_large_for_the_kernel():
         (dict(chunk=24), "chunk=24 must be a positive multiple of 16"),
         (dict(x=jnp.zeros((2, 0, N, H))), "must have at least one token"),
         (
-            dict(delta=jnp.zeros((2, 8, N, H))),
+            dict(delta=np.zeros((2, 8, N, H))),
             r"delta of shape \(2, 8, 3, 4\) must .* \(2, 9, 3, 4\)",
         ),
-        (dict(rate=jnp.zeros((N, M, H))), r"rate of shape \(3, 5, 4\) must have shape \(3, 4, 5\)"),
-        (dict(c=jnp.zeros((2, 9, N, 6))), r"c of shape \(2, 9, 3, 6\) must have .* \(2, 9, 3, 5\)"),
-        (dict(segments=jnp.zeros((2, 8), int)), r"segments of shape \(2, 8\) must .* \(2, 9\)"),
-        (dict(initial_state=jnp.zeros((2, N, M, H))), r"initial_state of .* \(2, 3, 4, 5\)"),
+        (dict(rate=np.zeros((N, M, H))), r"rate of shape \(3, 5, 4\) must have shape \(3, 4, 5\)"),
+        (dict(c=np.zeros((2, 9, N, 6))), r"c of shape \(2, 9, 3, 6\) must have .* \(2, 9, 3, 5\)"),
+        (dict(segments=np.zeros((2, 8), int)), r"segments of shape \(2, 8\) must .* \(2, 9\)"),
+        (dict(initial_state=np.zeros((2, N, M, H))), r"initial_state of .* \(2, 3, 4, 5\)"),
     ],
 )
 def test_wrong_arguments_raise(wrong, message):

@@ -32,19 +32,19 @@ def test_runs_exchange_and_rings_send():
 
 def test_learned_arrays_of_the_heads_have_gradients():
     record = registry.get("hedgehog")
-    args = list(record.example(helpers.KEY, 13).values())
+    args = list(helpers.example("hedgehog", 13).values())
     axes = dict(data=2, context=2)
-    helpers.assert_same("all_to_all", record, args, axes=axes, mask=masks.Causal())
+    helpers.assert_same("all_to_all", record, args, axes, mask=masks.Causal())
 
 
 def test_as_many_devices_as_heads_allow_are_a_run():
     arrays = helpers.normal((1, 9, 6, 4), (1, 9, 3, 4), (1, 9, 3, 4))
-    helpers.assert_same("all_to_all_ring", registry.get("gqa"), arrays, axes=dict(context=4))
+    helpers.assert_same("all_to_all_ring", registry.get("gqa"), arrays, dict(context=4))
 
 
 def test_a_state_of_all_heads_comes_out_of_any_length():
     record = registry.get("delta_net")
-    args = record.example(helpers.KEY, 7)
+    args = helpers.example("delta_net", 7)
     fn = parallel.shard("all_to_all", record, helpers.mesh(context=2, tensor=2))
     run = lambda fn: jax.jit(lambda: fn(**args, mask=masks.Causal(), return_state=True))()
     for actual, expected in zip(run(fn), run(record.fn), strict=True):

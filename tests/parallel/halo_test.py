@@ -68,4 +68,4 @@ def test_refuses_what_it_cannot_read():
     record = dataclasses.replace(registry.get("mamba"), context=("halo",))
     fn = parallel.shard("halo", record, helpers.mesh(context=4))
     with pytest.raises(NotImplementedError, match="halo can't tell what mamba"):
-        jax.eval_shape(fn, **record.example(helpers.KEY, 8))
+        jax.eval_shape(fn, **helpers.example("mamba", 8))

@@ -7,20 +7,21 @@ import pytest
 
 from attnjax import parallel
 from attnjax.core import masks, registry
+from tests import initial
 from tests.parallel import helpers
 
 TPLA = registry.get("tpla")
 
 
 def test_a_row_of_devices_shares_a_slice_and_splits_its_heads():
-    args = list(TPLA.example(helpers.KEY, 7).values())
+    args = list(helpers.example("tpla", 7).values())
     axes = dict(context=2, tensor=2)
-    helpers.assert_same("latent", TPLA, args, axes=axes, mask=masks.Causal())
+    helpers.assert_same("latent", TPLA, args, axes, mask=masks.Causal())
 
 
 def test_outputs_are_summed_and_nothing_else_is_sent():
     """A device has its slice of the cache and the rotated keys."""
-    args = TPLA.example(helpers.KEY, 8)
+    args = helpers.example("tpla", 8)
     mesh = helpers.mesh(context=4)
     places = {name: jax.NamedSharding(mesh, jax.P()) for name in args}
     places["latent"] = jax.NamedSharding(mesh, jax.P(None, None, "context"))
@@ -37,7 +38,7 @@ def test_outputs_are_summed_and_nothing_else_is_sent():
 def test_a_step_of_decoding():
     module = TPLA.module(**TPLA.small, slices=4)
     x, latent, k_rope = helpers.normal((2, 1, 12), (2, 5, 4, 4), (2, 5, 4))
-    params = module.init(helpers.KEY, x)
+    params = initial.initial(module.init, helpers.KEY, x)
     state = module.init_state(2, 5)._replace(latent=latent, k_rope=k_rope, length=jnp.int32(3))
     fn = parallel.shard("latent", TPLA, helpers.mesh(context=4))
     step = lambda module: module.apply(params, state, x, method="extend")
@@ -46,7 +47,7 @@ def test_a_step_of_decoding():
 
 
 def test_refuses_slices_that_do_not_divide():
-    args = TPLA.example(helpers.KEY, 8)
+    args = helpers.example("tpla", 8)
     fn = parallel.shard("latent", TPLA, helpers.mesh(context=3))
     with pytest.raises(NotImplementedError, match="latent can't split J=4 slices over 3 devices"):
         fn(**args)

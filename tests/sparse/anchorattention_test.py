@@ -1,145 +1,135 @@
 """Only what is particular to AnchorAttention; the rest is tests/conformance_test.py."""
 
-import functools
-
 import chex
-import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from attnjax.core import masks
-from attnjax.ops import block_selection as blocks
-from attnjax.ops import dot_product_attention as ops
 from attnjax.sparse import anchorattention as lib
+from tests.sparse import helpers
 
-KEY = jax.random.key(0)
 T, C, STEP = 64, 4, 2
 SIZES = dict(block=C, step=STEP)
+s = np.arange(T)
+# by group, what is read whatever it scores
+ALWAYS = (s < C) | (s >= C * STEP * np.arange(T // (C * STEP))[:, None])
+LOUD = (13, 22, 30, 41)
 
 
-def example(T=T):
-    return lib.SPEC.example(KEY, T).values()
-
-
-def striped(stripes=(13, 22, 30, 41)):
+def striped(stripes=LOUD):
     """Every query scores a few single keys and the first one high, all others near 0."""
-    q = (0.3 * jax.random.normal(KEY, (1, T, 1, 16))).at[..., 0].set(40.0)
-    loud = jnp.isin(jnp.arange(T), jnp.array([0, *stripes]))
-    k = 0.3 * jax.random.normal(jax.random.key(1), (1, T, 1, 16))
-    return q, k.at[..., 0].set(jnp.where(loud, 1.0, 0.0)[None, :, None])
+    q, k = np.float32(0.3) * helpers.normal(2, 1, T, 1, 16)
+    q[..., 0], k[..., 0] = 40.0, np.isin(s, [0, *stripes])[None, :, None]
+    return q, k
 
 
 def run(*args, **options):
-    return jax.jit(functools.partial(lib.anchorattention, **(SIZES | options)))(*args)
+    return helpers.program(lib.anchorattention, **(SIZES | options))(*args)
 
 
 def select(q, k, **options):
-    return jax.jit(functools.partial(lib.select, **(SIZES | options)))(q, k)
+    return helpers.program(lib.select, **(SIZES | options))(q, k)
 
 
 def by_query(read, size=C * STEP):
     """(B N g T) -> (B N T T), what each query sees."""
-    rows = jnp.repeat(read, size, 2)[:, :, : read.shape[-1]]  # the last group is filled up
-    return rows & masks.dense(masks.Causal(), *rows.shape[2:])
+    T = read.shape[-1]  # the last group is filled up
+    return np.repeat(read, size, 2)[:, :, :T] & np.tri(T, dtype=bool)
 
 
 def recall(q, k, seen):
-    x = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
-    w = jax.nn.softmax(jnp.where(masks.dense(masks.Causal(), T, T), x, -jnp.inf))
-    return float(jnp.where(seen, w, 0).sum(-1).mean())
+    return float(np.where(seen, helpers.weights(q, k), 0).sum(-1).mean())
 
 
-def near(T=T):
-    """The first block and one's own group."""
-    group = masks.Segments(jnp.arange(T)[None].repeat(2, 0) // (C * STEP))
-    return masks.Causal() & (masks.Prefix(C) | group)
+@pytest.mark.parametrize("theta", [np.inf, -np.inf])
+def test_its_ends(theta):
+    """Full attention, and that to the first block and to one's own group."""
+    q, k, v = helpers.example(61)
+    group = np.arange(61) // (C * STEP)
+    near = (np.arange(61) < C) | (group[:, None] == group)
+    seen = np.tri(61, dtype=bool) & (near if theta < 0 else True)
+    assert_attends(run(q, k, v, theta=theta), q, k, v, seen)
 
 
-@pytest.mark.parametrize("theta, mask", [(jnp.inf, masks.Causal()), (-jnp.inf, near(61))])
-def test_its_ends(theta, mask):
-    args = example(61)
-    full = ops.dot_product_attention(*args, mask=mask)
-    chex.assert_trees_all_close(run(*args, theta=theta), full, rtol=1e-5, atol=1e-6)
+def assert_attends(o, q, k, v, seen):
+    w = np.where(seen, helpers.weights(q, k), 0)
+    w = w / w.sum(-1, keepdims=True)
+    expected = np.einsum("BNTS,BSNV->BTNV", w, np.repeat(v, 2, 2))
+    chex.assert_trees_all_close(o, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_is_attention_to_the_keys_that_it_selects():
-    q, k, v = example(61)
-    seen = by_query(select(q, k, theta=0.5))
-    full = ops.dot_product_attention(q, k, v, mask=masks.Dense(seen))
-    chex.assert_trees_all_close(run(q, k, v, theta=0.5), full, rtol=1e-5, atol=1e-6)
+    q, k, v = helpers.example(61)
+    both = helpers.program(chosen_and_attended)
+    read, o = both(q, k, v)
+    seen = by_query(read)
+    assert_attends(o, q, k, v, seen)
     assert 0.3 < seen.sum() / (2 * 4 * 61 * 31) < 0.9
 
 
+def chosen_and_attended(q, k, v):
+    options = dict(theta=0.5, **SIZES)
+    return lib.select(q, k, **options), lib.anchorattention(q, k, v, **options)
+
+
 def test_finds_single_columns():
-    q, k = striped()
-    read = select(q, k, theta=3.0)[0, 0]
-    s, start = jnp.arange(T)[None], (C * STEP * jnp.arange(T // (C * STEP)))[:, None]
-    loud = jnp.isin(s, jnp.array([13, 22, 30, 41]))
-    assert (read == (s < C) | (s >= start) | loud).all()
+    read = select(*striped(), theta=3.0)[0, 0]
+    assert (read == ALWAYS | np.isin(s, LOUD)).all()
 
 
 def test_recalls_more_than_blocks_and_than_a_random_choice_of_as_many_keys():
     q, k = striped()
     read = select(q, k, theta=3.0)
-    s, group = jnp.arange(T), jnp.arange(T // (C * STEP))
-    always = (s[None] < C) | (s[None] >= C * STEP * group[:, None])
-    count = (read & ~always[None, None]).sum(-1, keepdims=True)
-    pooled = jnp.einsum("BQNH,BLNH->BNQL", blocks.means(q, C * STEP), blocks.means(k, C))
-    pooled = jnp.where(always[None, None, :, ::C], -jnp.inf, pooled)
-    rank = jnp.argsort(jnp.argsort(-pooled))
-    in_blocks = jnp.repeat(rank < (count + C - 1) // C, C, -1)
-    noise = jnp.where(always, -1.0, jax.random.uniform(KEY, always.shape))[None, None]
-    at_random = jnp.argsort(jnp.argsort(-noise)) < count
+    count = (read & ~ALWAYS).sum(-1, keepdims=True)
+    means = [x.reshape(1, -1, size, 16).mean(2) for x, size in ((q, C * STEP), (k, C))]
+    pooled = np.einsum("BQH,BLH->BQL", *means)[:, None]
+    pooled = np.where(ALWAYS[:, ::C], -np.inf, pooled)
+    rank = np.argsort(np.argsort(-pooled))
+    in_blocks = np.repeat(rank < (count + C - 1) // C, C, -1)
+    noise = np.where(ALWAYS, -1.0, np.random.default_rng(0).uniform(size=ALWAYS.shape))
+    at_random = np.argsort(np.argsort(-noise)) < count
     found = recall(q, k, by_query(read))
-    assert found > recall(q, k, by_query(always[None, None] | in_blocks)) + 0.05
-    assert found > recall(q, k, by_query(always[None, None] | at_random)) + 0.2 and found > 0.95
+    assert found > recall(q, k, by_query(ALWAYS | in_blocks)) + 0.05
+    assert found > recall(q, k, by_query(ALWAYS | at_random)) + 0.2 and found > 0.95
 
 
 def test_a_larger_theta_reads_more():
-    q, k, _ = example()
-    few, some, many = (select(q, k, theta=theta) for theta in (-0.3, 0.2, 0.7))
+    q, k, _ = helpers.example(T)
+    reads = helpers.program(lambda q, k: [lib.select(q, k, theta=t, **SIZES) for t in thetas])
+    thetas = (-0.3, 0.2, 0.7)
+    few, some, many = reads(q, k)
     assert (few <= some).all() and (some <= many).all()
     assert few.sum() < some.sum() < many.sum()
-    found = [recall(q, jnp.repeat(k, 2, 2), by_query(read)) for read in (few, some, many)]
+    found = [recall(q, k, by_query(read)) for read in (few, some, many)]
     assert found == sorted(found) and found[2] > found[0] + 0.1
 
 
 def test_one_block_that_comes_near_is_enough():
     q, k = striped(stripes=(13,))
-    k = k.at[:, :, :, 1].set(0.0).at[:, 0, :, 1].set(1.0)
-    elsewhere = jnp.zeros_like(q).at[..., 1].set(40.0)  # at the first key alone
-    second = (jnp.arange(T) // C % STEP == 1)[None, :, None, None]  # block of each group
-    assert select(jnp.where(second, elsewhere, q), k, theta=3.0)[0, 0, 2:, 13].all()
+    k[..., 1] = s[None, :, None] == 0
+    elsewhere = np.zeros_like(q)
+    elsewhere[..., 1] = 40.0  # at the first key alone
+    second = (s // C % STEP == 1)[None, :, None, None]  # block of each group
+    assert select(np.where(second, elsewhere, q), k, theta=3.0)[0, 0, 2:, 13].all()
     assert not select(elsewhere, k, theta=3.0)[0, 0, 2:, 13].any()
 
 
 def test_keys_that_are_not_read_are_not_computed():
     """A whole tile of unread values is not touched by the last group."""
-    q, k, v = (x[:1, :, :1] for x in lib.SPEC.example(KEY, 1024).values())
-    spoiled = v.at[:, 500:800].set(jnp.nan)
-    o = run(q, k, spoiled, theta=-jnp.inf, block=32, step=4)
-    assert jnp.isfinite(o[:, 896:]).all() and jnp.isnan(o[:, 500:800]).any()
+    q, k, v = helpers.normal(3, 1, 1024, 1, 8)
+    v[:, 500:800] = np.nan
+    o = run(q, k, v, theta=-np.inf, block=32, step=4)
+    assert np.isfinite(o[:, 896:]).all() and np.isnan(o[:, 500:800]).any()
 
 
 def test_going_on_is_full_attention():
-    options = dict(num_heads=2, head_dim=8, block=2, step=2, theta=-jnp.inf)
-    module = lib.AnchorAttention(**options)
-    dense = module.clone(fn=lambda *x, mask, **_: ops.dot_product_attention(*x, mask=mask))
-    x = jax.random.normal(KEY, (2, 20, 16))
-
-    @jax.jit
-    def both(x):
-        params = module.init(KEY, x)
-        state = module.apply(params, 2, 24, method="init_state")
-        state, a = module.apply(params, state, x[:, :15], method="extend")
-        state, b = module.apply(params, state, x[:, 15:], method="extend")
-        return jnp.concatenate([a, b], 1), dense.apply(params, x, mask=masks.Causal())
-
-    chex.assert_trees_all_close(*both(x), rtol=1e-5, atol=1e-5)
+    options = dict(num_heads=2, head_dim=8, block=2, step=2, theta=-np.inf)
+    helpers.assert_goes_on_in_full(lib.AnchorAttention(**options))
 
 
 def test_refuses_what_it_cannot_do():
-    q, k, v = example(6)
+    q, k, v = (jnp.asarray(x) for x in helpers.example(6))
     with pytest.raises(NotImplementedError, match="anchorattention can't honour Window"):
         lib.anchorattention(q, k, v, mask=masks.Window(2))
     for options in (dict(block=0), dict(step=0)):

@@ -12,12 +12,12 @@ from attnjax.core import edit, masks
 from attnjax.ops import dot_product_attention as ops
 from attnjax.sparse import hyperattention as lib
 from tests import cost
+from tests.sparse import helpers
 
-KEY = jax.random.key(0)
 
-
-def example(T):
-    return list(lib.SPEC.example(KEY, T).values())
+def example(T, H=8):
+    planes, samples = helpers.normal(H, 3, seed=1), np.random.default_rng(2).uniform(size=7)
+    return *helpers.example(T, H=H), planes, samples.astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -25,19 +25,20 @@ def example(T):
     [
         dict(block=23),
         dict(block=2, mask=masks.Causal(), min_length=23),
-        dict(block=12, mask=masks.Causal(), min_length=3),
+        dict(block=12, mask=masks.Causal(), min_length=6),
     ],
 )
 def test_one_block_or_one_piece_is_attention(options):
-    q, k, v, *given = example(23)
-    full = ops.dot_product_attention(q, k, v, mask=options.get("mask"))
-    actual = lib.hyperattention(q, k, v, *given, **options)
+    args = example(23)
+    full = helpers.program(ops.dot_product_attention, mask=options.get("mask"))(*args[:3])
+    actual = helpers.program(lib.hyperattention, **options)(*args)
     chex.assert_trees_all_close(actual, full, rtol=1e-5, atol=1e-6)
 
 
 def test_neighbours_in_rank_are_apart_by_one_plane():
     sides = np.array(np.meshgrid(*[[-1.0, 1.0]] * 4)).reshape(4, 16).T
-    rank = lib.lsh_rank(jnp.asarray(sides, jnp.float32)[None, :, None], jnp.eye(4))[0, :, 0]
+    one = sides.astype(np.float32)[None, :, None], np.eye(4, dtype=np.float32)
+    rank = helpers.program(lib.lsh_rank)(*one)[0, :, 0]
     assert sorted(rank.tolist()) == list(range(16))
     assert (np.abs(np.diff(sides[np.argsort(rank)], axis=0)).sum(1) == 2).all()
 
@@ -45,49 +46,44 @@ def test_neighbours_in_rank_are_apart_by_one_plane():
 def test_a_sample_is_right_on_average():
     """Of the sum of all weights, by blocks of one key: a mean over draws of one sample each."""
     q, k, _, planes, _ = example(12)
-    ones = jnp.ones((2, 12, 2, 1))
-    x = jnp.einsum("BTNH,BSNH->BTNS", q, jnp.repeat(k, 2, 2)) / 8**0.5
+    x = np.einsum("BTNH,BSNH->BTNS", q, np.repeat(k, 2, 2)) / np.float32(8**0.5)
 
-    def total(sample):
-        _, lse = lib._estimate(q, k, ones, planes=planes, samples=sample[None], block=1)
+    def total(q, k, planes, sample):
+        _, lse = lib._estimate(
+            q, k, jnp.ones((2, 12, 2, 1)), planes=planes, samples=sample[None], block=1
+        )
         return jnp.exp(lse)
 
-    draws = (jnp.arange(12) + 0.5) / 12  # each key once
-    mean = jax.jit(lambda: jax.vmap(total)(draws).mean(0))()
-    chex.assert_trees_all_close(mean, jnp.exp(x).sum(-1), rtol=1e-5)
+    draws = np.float32((np.arange(12) + 0.5) / 12)  # each key once
+    means = helpers.program(lambda *x: jax.vmap(total, (None,) * 3 + (0,))(*x).mean(0))
+    chex.assert_trees_all_close(means(q, k, planes, draws), np.exp(x).sum(-1), rtol=1e-5)
 
 
 def test_finds_large_weights_and_the_more_samples_the_better():
     """A query's own key among 256 is not to be missed; a sample of as many keys does miss it."""
     T, H = 256, 16
-    k = jax.random.normal(KEY, (1, T, 1, H))
-    q, v = 3 * k, jax.random.normal(jax.random.key(1), (1, T, 1, H))
-    full = ops.dot_product_attention(q, k, v)
+    k, v = helpers.normal(2, 1, T, 1, H)
+    q, w, draw = 3 * k, helpers.weights(3 * k, k, is_causal=False)[0, 0], np.random.default_rng(1)
+    full = w @ v[0, :, 0]
+    error = lambda o: np.sqrt(np.mean((o - full) ** 2, (-2, -1)) / np.mean(full**2)).mean()
 
-    def error(estimate, M):
-        def of(seed):
-            keys = jax.random.split(jax.random.key(seed))
-            o = estimate(jax.random.normal(keys[0], (H, 8)), jax.random.uniform(keys[1], (M,)))
-            return jnp.sqrt(jnp.mean((o - full) ** 2) / jnp.mean(full**2))
+    def hyper(M):
+        planes, samples = helpers.normal(8, H, 8, seed=M), draw.uniform(size=(8, M))
+        one = lambda q, k, v, given: lib.hyperattention(q, k, v, *given, block=16)
+        run = lambda *args: jax.lax.map(lambda given: one(*args[:3], given), args[3:])
+        return helpers.program(run)(q, k, v, planes, samples.astype(np.float32))[:, 0, :, 0]
 
-        return jax.lax.map(of, jnp.arange(8)).mean()
-
-    hyper = lambda *given: lib.hyperattention(q, k, v, *given, block=16)
-
-    def sample(_, samples):
-        at = (samples * T).astype(int)
-        return ops.dot_product_attention(q, k[:, at], v[:, at])
-
-    few, many, plain = jax.jit(lambda: (error(hyper, 8), error(hyper, 128), error(sample, 24)))()
-    assert many < 0.7 * few and few < 0.5 * plain
+    rest = np.where(draw.permuted(np.tile(np.arange(T) < 24, (8, 1, 1)), axis=-1), w, 0)
+    plain = rest / rest.sum(-1, keepdims=True) @ v[0, :, 0]  # a sample of 24 keys
+    few, many = error(hyper(8)), error(hyper(128))
+    assert many < 0.7 * few and few < 0.5 * error(plain)
 
 
 def test_a_causal_mask_hides_later_keys():
-    q, k, v, *given = example(45)
-    options = dict(block=4, min_length=6, mask=masks.Causal())
-    w = jax.jit(lambda: edit.matrix(lib.hyperattention, q, k, v, *given, **options))()
+    options = dict(block=4, min_length=12, mask=masks.Causal())
+    w = helpers.program(functools.partial(edit.matrix, lib.hyperattention), **options)(*example(45))
     assert not np.triu(w, 1).any()
-    chex.assert_trees_all_close(w.sum(-1), jnp.ones((2, 4, 45)), rtol=1e-5)
+    chex.assert_trees_all_close(w.sum(-1), np.ones_like(w[..., 0]), rtol=1e-5)
 
 
 def test_cost_is_near_to_linear():
@@ -103,7 +99,7 @@ def test_cost_is_near_to_linear():
 
 
 def test_refuses_what_it_cannot_do():
-    args = example(6)
+    args = [jnp.asarray(x) for x in example(6)]
     with pytest.raises(NotImplementedError, match="hyperattention can't honour Valid"):
         lib.hyperattention(*args, mask=masks.Valid(jnp.ones((2, 6), bool)))
     for options in (dict(block=0), dict(min_length=0)):

@@ -1,16 +1,14 @@
 import functools
 import itertools
 
-import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnjax.ops import dot_product_attention as ops
 from attnjax.sparse import paroattention as paro
+from tests.sparse import helpers
 
-KEY = jax.random.key(0)
 GRID = (8, 3, 4)
 ROWS = ((0, 1, 2),)  # the order of the grid, of one head
 ORDERS = tuple(itertools.permutations(range(3)))
@@ -26,24 +24,17 @@ def full(q, k, v):
 
 def planted():
     """A head that attends along time, its values alike along time: q, k, v and weights (N T T)."""
-    draw = jax.random.normal(KEY, (2, 1, 1, *GRID[1:], 1, 16)).repeat(GRID[0], 2)
-    place, v = draw[0] / jnp.linalg.norm(draw[0], axis=-1, keepdims=True), draw[1]
-    noise = 0.1 * jax.random.normal(jax.random.key(1), (3, *place.shape))
+    draw = helpers.normal(2, 1, 1, *GRID[1:], 1, 16).repeat(GRID[0], 2)
+    place, v = draw[0] / np.linalg.norm(draw[0], axis=-1, keepdims=True), draw[1]
+    noise = np.float32(0.1) * helpers.normal(3, *place.shape, seed=1)
     q, k = 12 * (place + noise[0] / 3), 3 * (place + noise[1] / 3)
-    v = jnp.exp(2 * draw[1][..., :1]) * (v + noise[2])  # of its own size at each place
-    x = jnp.einsum("BTNH,BSNH->NTS", flat(q), flat(k)) / 4
-    return q, k, v, np.asarray(jax.nn.softmax(x))
+    v = np.exp(2 * draw[1][..., :1]) * (v + noise[2])  # of its own size at each place
+    return q, k, v, helpers.weights(flat(q), flat(k), is_causal=False)[0]
 
 
 def test_all_orders_together_are_plain_attention():
-    def both(fn, *args):
-        out, pull = jax.vjp(fn, *args)
-        return out, pull(jnp.cos(out))
-
-    args = tuple(jax.random.normal(KEY, (3, 2, *GRID, 6, 8)))
     run = functools.partial(paro.paroattention, orders=ORDERS)
-    actual, expected = jax.jit(lambda *x: (both(run, *x), both(full, *x)))(*args)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+    helpers.assert_same(run, full, tuple(helpers.normal(3, 2, *GRID, 6, 8)))
 
 
 def blocks_needed(weights, order, mass=0.95):
@@ -69,9 +60,10 @@ def errors(weights, q, k, v, **options):
         density = options.get("density", 1.0)
         selected = paro.select(weights, GRID, orders, density=density, block=8)
         rest = dict(orders=orders, block=8, bits=options.get("bits"))
-        o = jax.jit(lambda *x, s=selected, r=rest: paro.paroattention(*x, s, **r))(q, k, v)
-        exact, norm = full(q, k, v), lambda x: jnp.linalg.norm(x, axis=-1)
-        found.append(float(jnp.mean(norm(o - exact) / norm(exact))))
+        o = helpers.program(lambda *x, s=selected, r=rest: paro.paroattention(*x, s, **r))(q, k, v)
+        exact = (weights @ flat(v)[0].swapaxes(0, 1)).swapaxes(0, 1).reshape(v.shape)
+        norm = lambda x: np.linalg.norm(x, axis=-1)
+        found.append(float(np.mean(norm(o - exact) / norm(exact))))
     return found
 
 
@@ -96,18 +88,19 @@ def test_the_heaviest_blocks_are_selected_and_no_row_is_empty():
 
 
 def test_rounding_to_many_bits_changes_little_and_to_fewer_more():
-    args = tuple(jax.random.normal(KEY, (3, 2, 5, 3, 2, 8)))
-    run = lambda bits: paro.paroattention(*args, orders=((1, 0), (0, 1)), block=4, bits=bits)
-    error = [float(jnp.abs(run(bits) - full(*args)).max()) for bits in (14, 8, 4)]
+    run = functools.partial(paro.paroattention, orders=((1, 0), (0, 1)), block=4)
+    every = helpers.program(lambda *x: ([run(*x, bits=bits) for bits in (14, 8, 4)], full(*x)))
+    rounded, exact = every(*helpers.normal(3, 2, 5, 3, 2, 8))
+    error = [np.abs(x - exact).max() for x in rounded]
     assert error[0] < 1e-3 < error[1] < error[2] < 1
 
 
 def test_a_row_without_blocks_gives_zeros():
-    args = tuple(jax.random.normal(KEY, (3, 1, 6, 1, 4)))
     selected = np.eye(3, dtype=bool)[None] & (np.arange(3) != 1)
-    for bits in (None, 8):
-        o = paro.paroattention(*args, selected, block=2, bits=bits)
-        assert not o[:, 2:4].any() and o[:, :2].any() and jnp.isfinite(o).all()
+    run = functools.partial(paro.paroattention, block=2)
+    both = helpers.program(lambda *x: [run(*x, selected, bits=bits) for bits in (None, 8)])
+    for o in both(*helpers.normal(3, 1, 6, 1, 4)):
+        assert not o[:, 2:4].any() and o[:, :2].any() and np.isfinite(o).all()
 
 
 @pytest.mark.parametrize(

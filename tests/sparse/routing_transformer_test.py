@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from attnjax.core import edit, masks
-from attnjax.ops import dot_product_attention as ops
 from attnjax.sparse import routing_transformer as lib
 from tests import cost
-
-KEY = jax.random.key(0)
+from tests.sparse import helpers
 
 
 def normalise(x):
@@ -21,41 +19,45 @@ def normalise(x):
 
 
 def example(T=12, C=4):
-    args = lib.SPEC.example(KEY, T)
-    return [args[name] for name in ("q", "k", "v")] + [args["centroids"][:, :C]]
+    return *helpers.normal(3, 2, T, 3, 8), helpers.normal(3, C, 8, seed=1)
+
+
+def weights(*args, **options):
+    return edit.matrix(lib.routing_transformer, *args, **options)
 
 
 def test_one_cluster_is_attention_of_normalised_tokens():
-    q, k, v, centroids = example(C=1)
-    full = ops.dot_product_attention(normalise(q), normalise(k), v, mask=masks.Causal())
-    actual = lib.routing_transformer(q, k, v, centroids, mask=masks.Causal())
+    args = example(C=1)
+    w = helpers.weights(*map(normalise, args[:2]))
+    full = np.einsum("BNTS,BSNV->BTNV", w, args[2])
+    actual = helpers.program(lib.routing_transformer, mask=masks.Causal())(*args)
     chex.assert_trees_all_close(actual, full, rtol=1e-5, atol=1e-5)
 
 
 def test_every_cluster_has_the_same_number_of_tokens():
     """However far most tokens are from it: a token may be in many clusters, or in none."""
     *qkv, centroids = example()
-    centroids = centroids.at[:, 1:].set(centroids[:, :1])  # the same tokens are best for all
-    w = edit.matrix(lib.routing_transformer, *qkv, centroids, window=3)
-    used = w.sum(-1)
-    chex.assert_trees_all_close(used.sum(-1), jnp.full((2, 3), 3.0), rtol=1e-5)
-    chex.assert_trees_all_close(jnp.sort(used, -1)[..., :-3], jnp.zeros((2, 3, 9)))
+    centroids[:, 1:] = centroids[:, :1]  # the same tokens are best for all
+    used = helpers.program(weights, window=3)(*qkv, centroids).sum(-1)
+    chex.assert_trees_all_close(used.sum(-1), np.full((2, 3), np.float32(3.0)), rtol=1e-5)
+    assert not np.sort(used, -1)[..., :-3].any()
 
 
 def test_a_causal_mask_hides_later_keys():
-    *qkv, centroids = example()
-    w = edit.matrix(lib.routing_transformer, *qkv, centroids, window=6, mask=masks.Causal())
+    w = helpers.program(weights, window=6, mask=masks.Causal())(*example())
     assert not np.triu(w, 1).any() and np.tril(w, -1).any()
 
 
 def test_hidden_tokens_take_no_place_in_a_cluster():
     q, k, v, centroids = example()
-    q, k = (x.at[:, 7].set(centroids[:, 0][None]) for x in (q, k))  # at the heart of one
-    hidden = masks.Valid(jnp.ones((2, 12), bool).at[:, 7].set(False))
-    run = functools.partial(lib.routing_transformer, window=3, mask=hidden)
-    actual = run(q, k, v, centroids).at[:, 7].set(0)
-    other = run(q.at[:, 7].multiply(-1), k.at[:, 7].multiply(-1), v, centroids).at[:, 7].set(0)
-    chex.assert_trees_all_equal(actual, other)
+    q[:, 7], k[:, 7] = centroids[:, 0], centroids[:, 0]  # at the heart of one
+    hidden = masks.Valid(jnp.asarray(np.arange(12) != 7)[None].repeat(2, 0))
+    attend = lambda *args: lib.routing_transformer(*args, window=3, mask=hidden).at[:, 7].set(0)
+    run = helpers.program(attend)
+    actual = run(q, k, v, centroids)
+    q[:, 7] *= -1
+    k[:, 7] *= -1
+    chex.assert_trees_all_equal(actual, run(q, k, v, centroids))
 
 
 def test_a_step_of_gradient_descent_is_the_update_of_the_paper():
@@ -74,48 +76,35 @@ def test_a_step_of_gradient_descent_is_the_update_of_the_paper():
             assert near
             means.append(np.mean(near, 0))
         expected[n, c] = decay * mu[n, c] + (1 - decay) * (means[0] + means[1]) / 2
-    q, k, mu = (jnp.asarray(x, jnp.float32) for x in (q, k, mu))
-    mask = masks.Valid(jnp.ones((2, 12), bool).at[hidden].set(False))
-    grad = jax.jit(jax.grad(lambda mu: lib.clustering_loss(q, k, mu, mask=mask)))(mu)
+    q, k, mu = (x.astype(np.float32) for x in (q, k, mu))
+    valid = np.ones((2, 12), bool)
+    valid[hidden] = False
+    loss = lambda mu, q, k, seen: lib.clustering_loss(q, k, mu, mask=masks.Valid(seen))
+    grad = helpers.program(jax.grad(loss))(mu, q, k, valid)
     chex.assert_trees_all_close(mu - (1 - decay) * grad, expected.astype(np.float32), atol=1e-5)
 
 
 def test_centroids_learn_from_their_own_loss_alone():
-    x = jax.random.normal(KEY, (2, 9, 16))
-    options = dict(num_heads=2, head_dim=8, num_clusters=3)
-    modules = [lib.RoutingTransformer(**options, clustering=w) for w in (0.0, 1.0, 2.0)]
-
-    @jax.jit
-    def grads():
-        params = modules[0].init(KEY, x)
-        return [jax.grad(lambda p, m=m: (m.apply(p, x) ** 2).sum())(params) for m in modules]
-
-    none, once, twice = (g["params"] for g in grads())
-    a, b, c = (g.pop("centroids")["table"] for g in (none, once, twice))
-    assert not a.any() and b.any()
-    chex.assert_trees_all_close(c, 2 * b, rtol=1e-6)
-    chex.assert_trees_all_equal(none, once)
+    module = lib.RoutingTransformer(num_heads=2, head_dim=8, num_clusters=3)
+    x = helpers.normal(2, 9, 16)
+    helpers.assert_learns_from_its_own_loss_alone(module, x, "clustering", ["centroids"])
 
 
 def test_learned_clusters_hold_what_full_attention_looks_at():
     """Tokens of eight kinds, each of which attends to its own kind."""
-    kind = jax.random.permutation(KEY, jnp.repeat(jnp.arange(8), 8))
-    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape)
-    x = (3 * draw(1, 8, 16)[kind] + 0.5 * draw(2, 64, 16))[None, :, None]
-    full = jax.nn.softmax(jnp.einsum("BTNH,BSNH->BNTS", normalise(x), normalise(x)) / 4)
+    kind = np.random.default_rng(0).permutation(np.arange(64) % 8)
+    x = 3 * helpers.normal(8, 16, seed=1)[kind] + np.float32(0.5) * helpers.normal(64, 16, seed=2)
+    x = x[None, :, None]
+    full = helpers.weights(normalise(x), normalise(x), is_causal=False)
 
-    def mass(mu):
-        """Of the weights of full attention, on pairs that meet in a cluster."""
-        met = edit.matrix(lib.routing_transformer, x, x, x, mu, window=8) > 0
-        return jnp.where(met, full, 0).sum(-1).mean()
-
-    @jax.jit
-    def run():
-        mu = draw(3, 1, 8, 16)
+    def learn(x, mu):
+        """(whether pairs meet in a cluster before, and afterwards)"""
         step = lambda mu, _: (mu - 0.1 * jax.grad(lambda m: lib.clustering_loss(x, x, m))(mu), None)
-        return mass(mu), mass(jax.lax.scan(step, mu, None, 60)[0])
+        both = jnp.stack([mu, jax.lax.scan(step, mu, None, 60)[0]])
+        return jax.lax.map(lambda mu: weights(x, x, x, mu, window=8) > 0, both)
 
-    before, after = run()
+    met = helpers.program(learn)(x, helpers.normal(1, 8, 16, seed=3))
+    before, after = (np.where(pairs, full, 0).sum(-1).mean() for pairs in met)
     assert after > before + 0.1
 
 
@@ -130,7 +119,7 @@ def test_cost_grows_with_the_power_one_and_a_half():
 
 
 def test_refuses_what_it_cannot_do():
-    args = example()
+    args = [jnp.asarray(x) for x in example()]
     mask = masks.Dense(jnp.ones((1, 1, 12, 12), bool))
     with pytest.raises(NotImplementedError, match="routing_transformer can't honour Dense"):
         lib.routing_transformer(*args, mask=mask)

@@ -3,21 +3,18 @@
 import functools
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnjax.core import edit, masks
-from attnjax.ops import dot_product_attention as ops
 from attnjax.sparse import s2_attention as lib
-
-KEY = jax.random.key(0)
+from tests.sparse import helpers
 
 
 def weights(T, N, K, **options):
-    q, k, v = jax.random.normal(KEY, (3, 1, T, N, 8))
-    return edit.matrix(lib.s2_attention, q, k[:, :, :K], v[:, :, :K], **options)[0]
+    matrix = functools.partial(edit.matrix, lib.s2_attention)
+    return helpers.program(matrix, **options)(*helpers.example(T, N, K))[0]
 
 
 @pytest.mark.parametrize("stride", [2, 4])
@@ -32,62 +29,44 @@ def test_heads_see_the_whole_context_between_them(stride):
 
 def test_query_heads_of_a_key_head_share_its_shard():
     seen = weights(24, 4, 2, block=2, local=1, stride=2) > 0
-    chex.assert_trees_all_equal(seen[::2], seen[1::2])
+    np.testing.assert_array_equal(seen[::2], seen[1::2])
     assert not (seen[0] == seen[2]).all()
 
 
 def test_a_key_that_is_not_seen_once_is_never_seen_again():
     for options in (dict(local=1, stride=3), dict(local=2, stride=4)):
-        seen = np.asarray(weights(36, 4, 4, block=3, **options) > 0)
+        seen = weights(36, 4, 4, block=3, **options) > 0
         lost = np.cumsum(~seen & np.tri(36, dtype=bool), 1) > 0
         assert not (seen & lost).any()
 
 
 @pytest.mark.parametrize("options", [dict(local=9, stride=5), dict(local=1, stride=1)])
 def test_all_blocks_are_full_attention(options):
-    q, k, v = jax.random.normal(KEY, (3, 2, 17, 4, 8))
-    full = ops.dot_product_attention(q, k, v, mask=masks.Causal())
-    chex.assert_trees_all_close(lib.s2_attention(q, k, v, block=2, **options), full, atol=1e-6)
+    args = helpers.example(17, 4, 4)
+    actual = helpers.program(lib.s2_attention, block=2, **options)(*args)
+    chex.assert_trees_all_close(actual, helpers.causal(*args), atol=1e-6)
 
 
 def test_blocks_that_are_not_seen_are_not_computed():
     """Keys that are NaN would spoil a tile that is computed and masked."""
-    q, k, v = jax.random.normal(KEY, (3, 1, 640, 1, 8))
+    q, k, v = helpers.normal(3, 1, 640, 1, 8)
     options = dict(block=64, local=1, stride=5)  # far blocks 4 and 9
-    skipped = (np.arange(640) // 64 % 5 != 4)[None, :, None, None] & (np.arange(640) < 512)[
-        None, :, None, None
-    ]
-    run = jax.jit(functools.partial(lib.s2_attention, **options))
-    spoilt = run(q, *(jnp.where(skipped, jnp.nan, x) for x in (k, v)))
-    chex.assert_trees_all_equal(spoilt[:, 576:], run(q, k, v)[:, 576:])
+    skipped = (np.arange(640) // 64 % 5 != 4) & (np.arange(640) < 512)
+    run = helpers.program(lib.s2_attention, **options)
+    spoilt = (np.where(skipped[None, :, None, None], np.float32(np.nan), x) for x in (k, v))
+    chex.assert_trees_all_equal(run(q, *spoilt)[:, 576:], run(q, k, v)[:, 576:])
 
 
-def stream(module, params, x, cuts, length):
-    state, ys = module.apply(params, 2, length, method="init_state"), []
-    for piece in jnp.split(x, cuts, 1):
-        state, part = module.apply(params, state, piece, method="extend")
-        ys.append(part)
-    return state, jnp.concatenate(ys, 1)
-
-
-@pytest.mark.parametrize("cuts", [(6, 7, 16, 28), (1, 25)])
-def test_streams_from_a_cache_that_forgets(cuts):
+def test_streams_from_a_cache_that_forgets():
+    """Pieces of more tokens than the cache has places, of one, and of few at each of them."""
     options = dict(num_heads=4, num_kv_heads=2, head_dim=8, block=2, local=2, stride=4)
     module = lib.S2Attention(**options, rotary_base=100.0)
-    x = jax.random.normal(KEY, (2, 30, 16))
-
-    @jax.jit
-    def both(x):
-        y, params = module.init_with_output(KEY, x)
-        return y, *stream(module, params, x, cuts, 30)
-
-    y, state, streamed = both(x)
-    chex.assert_trees_all_close(streamed, y, rtol=1e-5, atol=1e-5)
+    state = helpers.assert_streams(module, helpers.normal(2, 30, 16), (1, 14), 30)
     assert state.k.shape[1] == 2 * (2 + 4) and state.length == 30
 
 
 def test_refuses_what_it_cannot_do():
-    q, k, v = jax.random.normal(KEY, (3, 1, 6, 2, 4))
+    q, k, v = (jnp.asarray(x) for x in helpers.normal(3, 1, 6, 2, 4))
     for mask in (masks.Window(2), masks.Segments(jnp.zeros((1, 6), int))):
         with pytest.raises(NotImplementedError, match="s2_attention can't honour"):
             lib.s2_attention(q, k, v, mask=mask)

@@ -8,7 +8,7 @@ import pytest
 from attnjax.ssm import mamba as lib
 
 KEY = jax.random.key(0)
-ARGS = lib.SPEC.example(KEY, 12)
+ARGS = jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 12)
 CONSTANT = jnp.zeros((2, 4, 7)).at[:, 0].set(ARGS["select"][:, 0])  # all is chosen by channel 0
 
 

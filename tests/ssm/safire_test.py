@@ -11,7 +11,7 @@ from attnjax.core import masks
 from attnjax.ssm import safire as lib
 
 KEY = jax.random.key(0)
-ARGS = lib.SPEC.example(KEY, 8)  # 8 cells and 8 tokens
+ARGS = jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 8)  # 8 cells and 8 tokens
 REST = ARGS | dict(saccade=jnp.zeros((2, 4, 8)))
 
 

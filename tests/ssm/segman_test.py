@@ -10,7 +10,7 @@ from attnjax.core import registry
 from attnjax.ssm import segman as lib
 
 KEY = jax.random.key(0)
-ARGS = lib.SPEC.example(KEY, 9)  # a grid of 9 x 3
+ARGS = jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 9)  # a grid of 9 x 3
 OFF = ARGS | dict(gain=jnp.zeros(4))
 
 

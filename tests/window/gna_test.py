@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 
 import chex
 import jax
@@ -16,10 +15,11 @@ from attnjax.window.gna import Gna, gna
 from tests import cost
 
 KEY = jax.random.key(0)
+ORACLE = registry.get("gna").oracle
 
 
 def grid(*shape, B=1, N=2, H=4):
-    return jax.random.normal(KEY, (3, B, *shape, N, H))
+    return np.random.default_rng(0).normal(size=(3, B, *shape, N, H)).astype(np.float32)
 
 
 def assert_same(actual, expected, *arrays):
@@ -35,8 +35,8 @@ def full_attention(q, k, v, mask=None):
 
 def seen(shape, **options):
     """[queries, keys] which key has a weight."""
-    q, k, v = grid(*shape, N=1, H=1)
-    return np.asarray(jax.jit(lambda: edit.matrix(gna, q, k, v, **options))()[0, 0] > 0)
+    run = jax.jit(lambda *qkv: edit.matrix(gna, *qkv, **options))
+    return jax.device_get(run(*grid(*shape, N=1, H=1)))[0, 0] > 0
 
 
 def sees(q, key, L, window, stride, dilation, causal):
@@ -77,15 +77,18 @@ def test_sees_what_the_rule_says(options):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[5], OPTIONS[7]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[7]], ids=str)
 def test_agrees_with_its_oracle_on_sequences_and_volumes(options):
+    """The conformance tests do on grids."""
     shape, *values = options
     named = dict(zip(("window", "stride", "dilation", "causal"), values, strict=True))
-    qkv = tuple(grid(*shape, B=2))
-    value = lambda fn: lambda qkv: (jnp.sin(fn(*qkv, **named)).sum(), fn(*qkv, **named))
-    run = lambda fn: jax.jit(jax.grad(value(fn), has_aux=True))(qkv)
-    oracle = registry.get("gna").oracle
-    chex.assert_trees_all_close(run(gna), run(oracle), rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def both(qkv):
+        pulls = [jax.vjp(lambda *x, f=f: f(*x, **named), *qkv) for f in (gna, ORACLE)]
+        return [(o, pull(jnp.cos(o))) for o, pull in pulls]
+
+    chex.assert_trees_all_close(*both(tuple(grid(*shape, B=2))), rtol=1e-4, atol=1e-5)
 
 
 def test_stride_one_is_the_nearest_keys():
@@ -97,34 +100,31 @@ def test_stride_one_is_the_nearest_keys():
 
 
 def test_stride_of_a_window_is_attention_within_blocks():
-    def blocks(q, k, v):
-        o = jnp.zeros_like(v)
-        for x, y in itertools.product(range(0, 6, 3), range(0, 9, 3)):
-            part = (slice(None), slice(x, x + 3), slice(y, y + 3))
-            o = o.at[part].set(full_attention(q[part], k[part], v[part]))
-        return o
+    def blocks(*qkv):
+        cells = [x.reshape(1, 2, 3, 3, 3, 2, 4).swapaxes(2, 3) for x in qkv]
+        o = full_attention(*(x.reshape(6, 3, 3, 2, 4) for x in cells))
+        return o.reshape(1, 2, 3, 3, 3, 2, 4).swapaxes(2, 3).reshape(1, 6, 9, 2, 4)
 
     assert_same(functools.partial(gna, window=3, stride=3), blocks, *grid(6, 9))
 
 
 @pytest.mark.parametrize(
-    "shape, window", [((11,), 11), ((11,), 20), ((4, 4), 4), ((2, 3, 4), (2, 3, 4))], ids=str
+    "shape, window", [((11,), 20), ((4, 4), 4), ((2, 3, 4), (2, 3, 4))], ids=str
 )
 def test_a_window_of_the_whole_grid_is_full_attention(shape, window):
     assert_same(functools.partial(gna, window=window), full_attention, *grid(*shape))
 
 
 def test_a_larger_window_is_cut_on_each_axis_alone():
-    cut = functools.partial(gna, window=(3, 5))
-    assert_same(functools.partial(gna, window=5), cut, *grid(3, 9))
-    alone = functools.partial(gna, window=5, dilation=20)
-    assert_same(alone, lambda q, k, v: v, *grid(3, 9))
+    of = lambda **options: functools.partial(gna, **options)
+    actual = lambda *qkv: (of(window=5)(*qkv), of(window=5, dilation=20)(*qkv))
+    assert_same(actual, lambda *qkv: (of(window=(3, 5))(*qkv), qkv[2]), *grid(3, 9))
 
 
 def test_a_larger_window_is_cut_to_the_shortest_line():
     cut = masks.Neighborhood((7,), (3,), stride=(3,), dilation=(2,))  # lines of 4 and of 3
     actual = seen((7,), window=4, stride=4, dilation=2)
-    np.testing.assert_array_equal(actual, masks.dense(cut, 7, 7)[0, 0])
+    np.testing.assert_array_equal(actual, np.asarray(masks.dense(cut, 7, 7))[0, 0])
 
 
 def test_a_causal_line_is_a_sliding_window():
@@ -160,11 +160,12 @@ def test_groups_of_heads_share_keys():
 @pytest.mark.parametrize("shape", [(2, 9, 8), (2, 3, 4, 2, 8)], ids=str)
 def test_the_module_takes_sequences_and_volumes(shape):
     module = Gna(num_heads=2, head_dim=4, window=3)
-    assert jax.eval_shape(module.init_with_output, KEY, jnp.ones(shape))[0].shape == shape
+    x = np.ones(shape, np.float32)
+    assert jax.eval_shape(module.init_with_output, KEY, x)[0].shape == shape
 
 
 def test_arguments_out_of_range():
-    q, k, v = grid(6, 6)
+    q, k, v = map(jnp.asarray, grid(6, 6))
     with pytest.raises(ValueError, match="stride=4 must be 1 to window=3"):
         gna(q, k, v, window=3, stride=4)
     with pytest.raises(ValueError, match="dilation=0 at least 1"):

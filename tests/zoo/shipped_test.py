@@ -1,16 +1,36 @@
 """The checkpoints that come with the library do what their cards say."""
 
+import functools
+
 import jax
 import pytest
 
 from attnjax import zoo
 from attnjax.zoo import store
-from experiments import finished
+from experiments import evaluation, finished
 
 NAMES = [card.name for card in zoo.list(root=store.SHIPPED)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# They run for so long that it takes less to compile them well.
+SLOW = ("lm_mamba-tiny.mqar-short@1", "lm_landmark-tiny.mqar-short@1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples_are_drawn_once():
+    draw = evaluation.padded_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "padded_batches", functools.cache(lambda *x: [*draw(*x)]))
+        yield
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    jax.config.update("jax_disable_most_optimizations", request.param not in SLOW)
+    yield request.param
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def test_a_shipped_checkpoint_repeats_its_metric(name):
     module, params, card = zoo.load(name)
     measured = finished.measure(finished.task_text(card), module, params, batch_size=180)

@@ -1,7 +1,7 @@
 """The backward kernels: each tile's weights again from lse, and sums over rows or columns.
 
-    dy_ts = p_ts (do_t . v_s - delta_t),    dx = scale (1 - (x / softcap)^2) dy
-    dq_t = sum_s dx_ts k_s,    dk_s = sum_t dx_ts q_t,    dv_s = sum_t p_ts do_t
+    dy_ts = p_ts (drop(do_t . v_s) - delta_t),    dx = scale (1 - (x / softcap)^2) dy
+    dq_t = sum_s dx_ts k_s,    dk_s = sum_t dx_ts q_t,    dv_s = sum_t drop(p)_ts do_t
 
 p = exp(y - lse), delta = do . o - dlse. Each sum is made by one warpgroup, in a fixed order, so
 results are the same each time. Source: Dao, "FlashAttention-2", algorithm 2; Shah et al.,
@@ -12,16 +12,17 @@ heads are too wide for the registers of both, one for each of dk and dv.
 """
 
 import functools
-from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu import call as calls
+from pallas_kernels.flash_attention.mosaic_gpu import part as parts
 from pallas_kernels.flash_attention.mosaic_gpu import tile as maths
-from pallas_kernels.flash_attention.mosaic_gpu import tile_sizes
-from pallas_kernels.flash_attention.mosaic_gpu import walk as walks
+from pallas_kernels.flash_attention.mosaic_gpu.frame import Frame
+from pallas_kernels.flash_attention.mosaic_gpu.part import Part
 from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import ROWS, TILE
 from pallas_kernels.flash_attention.mosaic_gpu.work import Inputs, Work
 
@@ -29,25 +30,27 @@ _MOST = 64  # columns that registers hold beside the sums
 _BOTH = 256  # features of dk and dv that they hold at once
 
 
-class Others(NamedTuple):
-    """What stays in global memory; lse and delta (B N T) where queries are kept."""
+def queries(
+    options: maths.Options, q, k, v, do, lse, delta, asked, walk, *, bias=(), interpret
+) -> jax.Array:
+    """The gradient of q; lse in base 2, and inf for a query that sees nothing.
 
-    asked: maths.Asked
-    lse: Any = None
-    delta: Any = None
-
-
-def queries(options: maths.Options, q, k, v, do, lse, delta, asked, states, *, interpret):
-    """The gradient of q; lse in base 2, and inf for a query that sees nothing."""
-    size = q.shape[-1] + v.shape[-1]
-    steps = tile_sizes.steps(size, size, scores=1, most=_MOST)
+    walk and bias are as for `forward.attend`, with keys as rows for `keys_and_values`.
+    """
+    (B, T, N, _), S = q.shape, k.shape[1]
+    dq = Part(jax.ShapeDtypeStruct(q.shape, q.dtype), (0,))
     [dq] = calls.call(
         functools.partial(_queries, options),
-        walks.walk(states, over="row", tile=TILE, step=steps.size),
-        steps,
-        Inputs(kept=(q, do), fetched=((k,), (v,)), others=Others(asked, lse, delta)),
-        out_like=[q],
-        scratch=[(steps.size, q.dtype)],
+        functools.partial(Frame, "row", (B, N), (B, N), (T // TILE, S // TILE)),
+        functools.partial(walk, over="row", tile=TILE),
+        Inputs(
+            kept=parts.along(0, q=q, do=do, lse=lse, delta=delta),
+            fetched=(parts.along(1, k=k) | parts.summed(k=k) | dict(bias), parts.along(1, v=v)),
+            others=asked,
+        ),
+        outputs=[dq],
+        scratch={"scores": parts.scores(q.dtype)},
+        most=_MOST,
         products=3,
         interpret=interpret,
         name="flash_attention_dq",
@@ -55,87 +58,96 @@ def queries(options: maths.Options, q, k, v, do, lse, delta, asked, states, *, i
     return dq
 
 
-def keys_and_values(options: maths.Options, q, k, v, do, lse, delta, asked, states, *, interpret):
+def keys_and_values(
+    options: maths.Options, q, k, v, do, lse, delta, asked, walk, *, bias=(), interpret
+) -> tuple[jax.Array, ...]:
     """The gradients of k and v."""
-    size = k.shape[-1] + v.shape[-1]
+    (B, T, N, _), (_, S, K, _) = q.shape, k.shape
+    first = parts.along(1, q=q, lse=lse) | parts.summed(q=q) | dict(bias)
+    second = parts.along(1, do=do, delta=delta) | parts.summed(do=do)
+    like = {"k": k, "v": v}
 
     def sums(*wanted):
-        steps = tile_sizes.steps(size, size, scores=len(wanted), most=_MOST)
+        grads = [jax.ShapeDtypeStruct(like[name].shape, like[name].dtype) for name in wanted]
         return calls.call(
             functools.partial(_keys_and_values, options, wanted),
-            walks.walk(states, over="column", tile=TILE, step=steps.size),
-            steps,
-            Inputs(kept=(k, v), fetched=((q, lse), (do, delta)), others=Others(asked)),
-            out_like=[(k, v)[i] for i in wanted],
-            scratch=[(steps.size, q.dtype) for _ in wanted],
+            functools.partial(Frame, "column", (B, N), (B, K), (S // TILE, T // TILE)),
+            functools.partial(walk, over="column", tile=TILE),
+            Inputs(kept=parts.along(0, **like), fetched=(first, second), others=asked),
+            outputs=[Part(x, (0,)) for x in grads],
+            scratch={name: parts.scores(q.dtype) for name in wanted},
+            most=_MOST,
             products=2 * len(wanted),
             interpret=interpret,
-            name="flash_attention_d" + "".join("kv"[i] for i in wanted),
+            name="flash_attention_d" + "".join(wanted),
         )
 
-    return sums(0, 1) if size <= _BOTH else (*sums(0), *sums(1))
+    width = k.shape[-1] + v.shape[-1]
+    return sums("k", "v") if width <= _BOTH else (*sums("k"), *sums("v"))
 
 
-def _queries(options, work: Work, dq_ref):
-    (q, do), others = (work.kept(0), work.kept(1)), work.inputs.others
-    lse, delta = (maths.rows(x, work.b, work.head, work.begin) for x in (others.lse, others.delta))
+def weights(tile: maths.Tile, found: dict):
+    """(what softcap bounds, weights), of what is ready."""
+    bent, y = tile.scores(found)
+    return bent, jnp.exp2(y - tile.by_query(found["lse"], y.shape))
 
+
+def dscores(tile: maths.Tile, found: dict, weights, drop) -> jax.Array:
+    """The gradient of scores."""
+    dweights = drop(tile.products(found["do"], found["v"]))
+    return weights * (dweights - tile.by_query(found["delta"], weights.shape))
+
+
+def _queries(options, work: Work, dq):
     def with_sum(total):
         def add(carry, step, partial):
-            (k,) = step.ready(0)
-            bent, y = maths.scores(options, maths.product(q, k.T))
-            if partial:
-                y = maths.masked(options, others.asked, work, step, "row", y)
-            weights = jnp.exp2(y - maths.along(lse, y.shape, 0))
-            (v,) = step.ready(1)
-            dweights = maths.product(do, v.T) - maths.along(delta, y.shape, 0)
-            _add_product(total, work.scratch(0), maths.bend(bent, weights * dweights), k)
+            tile = maths.Tile(options, work.inputs.others, step, partial=partial)
+            found = step.ready(0)
+            bent, p = weights(tile, found)
+            dx = maths.bend(bent, dscores(tile, step.ready(1), p, tile.dropping(p.shape)))
+            _add_product(total, work.scratch("scores"), dx, parts.to_sum("k", found))
             plgpu.wgmma_wait(0)
             return carry
 
         work.each(add, ())
         return total[...]
 
-    dq = pl.run_scoped(with_sum, plgpu.ACC((ROWS, q.shape[1]), jnp.float32))
-    q[...] = (dq * options.scale).astype(q.dtype)
-    work.write((q, dq_ref))
+    q = work.kept["q"]
+    total = pl.run_scoped(with_sum, plgpu.ACC((ROWS, q.shape[1]), jnp.float32))
+    q[...] = (total * options.scale).astype(q.dtype)
+    work.write((q, dq))
 
 
 def _keys_and_values(options, wanted, work: Work, *outputs):
-    k, v = work.kept(0), work.kept(1)
-    scratch = {x: work.scratch(i) for i, x in enumerate(wanted)}
-
     def with_sums(*totals):
         totals = dict(zip(wanted, totals, strict=True))
 
         def add(carry, step, partial):
-            q, lse = step.ready(0)
-            bent, y = maths.scores(options, maths.product(k, q.T))
-            if partial:
-                y = maths.masked(options, work.inputs.others.asked, work, step, "column", y)
-            weights = jnp.exp2(y - maths.along(maths.columns(lse), y.shape, 1))
-            do, delta = step.ready(1)
-            if 1 in wanted:
-                _add_product(totals[1], scratch[1], weights, do)
-            if 0 in wanted:
-                delta = maths.along(maths.columns(delta), y.shape, 1)
-                dy = weights * (maths.product(v, do.T) - delta)
-                _add_product(totals[0], scratch[0], maths.bend(bent, dy), q)
+            tile = maths.Tile(options, work.inputs.others, step, 1, partial)
+            found = step.ready(0)
+            bent, p = weights(tile, found)
+            drop, met = tile.dropping(p.shape), step.ready(1)
+            if "v" in wanted:
+                _add_product(totals["v"], work.scratch("v"), drop(p), parts.to_sum("do", met))
+            if "k" in wanted:
+                dx = maths.bend(bent, dscores(tile, met, p, drop))
+                _add_product(totals["k"], work.scratch("k"), dx, parts.to_sum("q", found))
             plgpu.wgmma_wait(0)
             return carry
 
         work.each(add, ())
         return [total[...] for total in totals.values()]
 
-    sums = [plgpu.ACC((ROWS, (k, v)[i].shape[1]), jnp.float32) for i in wanted]
-    for i, x in zip(wanted, pl.run_scoped(with_sums, *sums), strict=True):
-        staged, scale = ((k, options.scale), (v, 1))[i]
-        staged[...] = (x * scale).astype(staged.dtype)
-    work.write(*zip(((k, v)[i] for i in wanted), outputs, strict=True))
+    kept = work.kept
+    sums = [plgpu.ACC((ROWS, kept[name].shape[1]), jnp.float32) for name in wanted]
+    for name, total in zip(wanted, pl.run_scoped(with_sums, *sums), strict=True):
+        total = total * options.scale if name == "k" else total
+        kept[name][...] = total.astype(kept[name].dtype)
+    work.write(*zip((kept[name] for name in wanted), outputs, strict=True))
 
 
 def _add_product(total, scratch, a, b):
     """Begins `total += a b`, for which a goes to shared memory."""
-    scratch[...] = a.astype(scratch.dtype)
+    scratch[...] = maths.factor(a, scratch.dtype)
     plgpu.commit_smem()
     plgpu.wgmma(total, scratch, b)

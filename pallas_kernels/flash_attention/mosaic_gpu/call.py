@@ -11,13 +11,14 @@ import inspect
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.mosaic_gpu import work
-from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import GROUPS, ROWS, TILE, Steps
+from pallas_kernels.flash_attention.mosaic_gpu import tile_sizes, work
+from pallas_kernels.flash_attention.mosaic_gpu.frame import Frame
+from pallas_kernels.flash_attention.mosaic_gpu.part import Part
+from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import GROUPS, TILE
 from pallas_kernels.flash_attention.mosaic_gpu.walk import Walk
 
 _COMPUTING, _FETCHING = 240, 24  # registers of a thread: 65536 are shared by 384
@@ -25,36 +26,46 @@ _COMPUTING, _FETCHING = 240, 24  # registers of a thread: 65536 are shared by 38
 
 def call(
     compute: Callable,
-    walk: Walk,
-    steps: Steps,
+    frame: Callable[..., Frame],
+    walk: Callable[..., Walk],
     inputs: work.Inputs,
     *,
-    out_like: list,
-    scratch: list[tuple],
+    outputs: list[Part],
+    scratch: dict[str, Part],
+    most: int,
     products: int,
     interpret,
     name: str,
 ) -> tuple[jax.Array, ...]:
     """Runs `compute(work, *outputs)` for ROWS rows at a time of what is kept.
 
-    out_like have the shapes and dtypes of outputs.
-    scratch are what each row has of shared memory: numbers (None is one) and their dtype.
-    products is how many products with a tile of scores the kernel makes; for the cost.
+    Args:
+      frame, walk: those of steps of a size, `step`.
+      outputs: of shapes and dtypes.
+      scratch: what each warpgroup has of shared memory for itself.
+      most: columns of a step that registers have room for.
+      products: how many products with a tile of scores the kernel makes; for the cost.
     """
+    stage = [x for parts in inputs.fetched for x in parts.values()]
+    sums = lambda parts: lambda size: sum(x.bytes(size) for x in parts)
+    held = [*inputs.kept.values(), *scratch.values()]
+    steps = tile_sizes.steps(sums(held), sums(stage), most=most)
+    frame, walk = frame(step=steps.size), walk(step=steps.size)
     leaves, tree = jax.tree.flatten((walk.tables, inputs))
-    B, L, heads, _ = inputs.kept[0].shape
+    _, results = jax.tree.flatten(outputs)
 
     def kernel(*refs):
-        refs, outputs, shared = refs[: len(leaves)], refs[len(leaves) : -1], refs[-1]
-        tables, inputs = tree.unflatten(refs)
-        at = (lax.axis_index(axis) for axis in ("batch", "head", "tile", "group"))
-        mine = work.Work(walk, tables, steps, inputs, shared, *at)
+        tables, inputs = tree.unflatten(refs[: len(leaves)])
+        block = tuple(lax.axis_index(axis) for axis in ("batch", "head", "tile"))
+        mine = work.Work(
+            frame, walk, tables, steps, inputs, refs[-1], block, lax.axis_index("group")
+        )
 
         @pl.when(mine.group < GROUPS)
         def _():
             plgpu.set_max_registers(_COMPUTING, action="increase")
             mine.keep()
-            compute(mine, *outputs)
+            compute(mine, *results.unflatten(refs[len(leaves) : -1]))
 
         @pl.when(mine.group == GROUPS)
         def _():
@@ -64,58 +75,47 @@ def call(
     kernel.__name__ = name
     run = plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out_like],
+        out_type=[x.array for x in outputs],
         scratch_types=[_shared(steps, inputs, scratch)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(B, heads, L // TILE),
+        grid=frame.grid,
         grid_names=("batch", "head", "tile"),
         num_threads=GROUPS + 1,
         thread_name="group",
         interpret=interpret,
-        **_cost(inputs, walk, products),
+        **_cost(inputs, steps, frame.scores(walk.most), products),
     )
-    # outputs vary over the axes of a mesh that what is kept varies over
-    axes = tuple(jax.typeof(inputs.kept[0]).mat.varying)
+    # outputs vary over the axes of a mesh that inputs vary over
+    axes = tuple(jax.typeof(next(iter(inputs.kept.values())).array).mat.varying)
     return tuple(lax.pcast(x, axes, to="varying") for x in run(*leaves))
 
 
 def _shared(steps, inputs, scratch):
     """The types of `work.Shared`."""
-    count, size = steps.stages, steps.size
-
-    def memory(rows, width, dtype):
-        if width is None:
-            return plgpu.SMEM(rows, dtype)
-        # both matrices of a product must be laid out alike, and one is as wide as a step
-        swizzle = min(128, size * jnp.dtype(dtype).itemsize)
-        tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-        return plgpu.SMEM(
-            (*rows, width), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
-        )
-
-    of_stage = lambda x: memory((count, size), x.shape[-1] if x.ndim == 4 else None, x.dtype)
+    size, count = steps
+    each = lambda parts, *lead: {name: x.memory(size, *lead) for name, x in parts.items()}
+    copies = [sum(x.copies for x in parts.values()) for parts in inputs.fetched]
     return work.Shared(
-        kept=tuple(memory((GROUPS, ROWS), x.shape[-1], x.dtype) for x in inputs.kept),
-        ring=jax.tree.map(of_stage, inputs.fetched),
-        scratch=tuple(memory((GROUPS, ROWS), *x) for x in scratch),
+        kept=each(inputs.kept),
+        ring=tuple(each(parts, count) for parts in inputs.fetched),
+        scratch=each(scratch),
         arrived=plgpu.Barrier(num_arrivals=len(inputs.kept), num_barriers=GROUPS),
-        ready=tuple(plgpu.Barrier(num_arrivals=len(x), num_barriers=count) for x in inputs.fetched),
+        ready=tuple(plgpu.Barrier(num_arrivals=n, num_barriers=count) for n in copies),
         free=plgpu.Barrier(num_arrivals=GROUPS, num_barriers=count),
     )
 
 
-def _cost(inputs, walk, products):
+def _cost(inputs, steps, scores, products):
     """What XLA can't see inside the kernel, of all tiles that lists can hold; for jax >= 0.12."""
     if "cost_estimate" not in inspect.signature(plgpu.kernel).parameters:
         return {}
-    (B, L, heads, _), lists = inputs.kept[0].shape, walk.tables[0].shape
-    M = max(x.shape[1] for part in inputs.fetched for x in part if x.ndim == 4)
-    others = max(x.shape[2] for part in inputs.fetched for x in part if x.ndim == 4)
-    entries = B * max(heads, others) * L * min(M, lists[-1] * TILE)
-    width = sum(x.shape[-1] for part in inputs.fetched for x in part if x.ndim == 4)
+    fetched = [x for parts in inputs.fetched for x in parts.values()]
+    factors = [x for x in (*fetched, *inputs.kept.values()) if x.is_factor]
+    width = sum(x.array.shape[3] for x in factors) // len(factors)
+    step = sum(x.bytes(steps.size) for x in fetched)
     cost = pl.CostEstimate(
-        flops=products * width * entries,
-        transcendentals=entries,
-        bytes_accessed=2 * width * (entries // TILE + B * heads * L),
+        flops=2 * products * width * scores,
+        transcendentals=scores,
+        bytes_accessed=step * scores // (TILE * steps.size),
     )
     return dict(cost_estimate=cost)

@@ -16,9 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu import call as calls
+from pallas_kernels.flash_attention.mosaic_gpu import part as parts
 from pallas_kernels.flash_attention.mosaic_gpu import tile as maths
 from pallas_kernels.flash_attention.mosaic_gpu import tile_sizes
-from pallas_kernels.flash_attention.mosaic_gpu import walk as walks
+from pallas_kernels.flash_attention.mosaic_gpu.frame import Frame
+from pallas_kernels.flash_attention.mosaic_gpu.part import Part
 from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import ROWS, TILE
 from pallas_kernels.flash_attention.mosaic_gpu.work import Inputs, Work
 
@@ -33,67 +35,69 @@ class Others(NamedTuple):
     sinks: Any
 
 
-def attend(options: maths.Options, q, k, v, asked: maths.Asked, sinks, states, *, interpret):
-    """(output (B T N V), lse (B N T) in float32), of whole tiles."""
+def attend(options: maths.Options, q, k, v, asked: maths.Asked, sinks, walk, *, bias=(), interpret):
+    """(output (B T N V), lse (B N T) in float32), of whole tiles.
+
+    walk(over, tile, step) is what to walk along; bias is {"bias": that of each score}, or nothing.
+    """
     (B, T, N, H), V = q.shape, v.shape[-1]
-    own = () if V == H else (V,)  # the output leaves by way of the queries' memory if it fits
-    most = _MOST if V <= _MOST else _MOST_BESIDE_WIDE
-    steps = tile_sizes.steps(H + sum(own), H + V, scores=1, most=most)
-    walk = walks.walk(states, over="row", tile=TILE, step=steps.size)
+    o = Part(jax.ShapeDtypeStruct((B, T, N, V), v.dtype), (0,))
+    lse = Part(jax.ShapeDtypeStruct((B, N, T), jnp.float32), (0,))
+    own = {} if V == H else {"o": o}  # the output leaves by way of the queries' memory if it fits
     return calls.call(
         functools.partial(_kernel, options),
-        walk,
-        steps,
-        Inputs(kept=(q,), fetched=((k,), (v,)), others=Others(asked, sinks)),
-        out_like=[
-            jax.ShapeDtypeStruct((B, T, N, V), v.dtype),
-            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
-        ],
-        scratch=[(steps.size, v.dtype), (None, jnp.float32), *((V, v.dtype) for V in own)],
+        functools.partial(Frame, "row", (B, N), (B, N), (T // TILE, k.shape[1] // TILE)),
+        functools.partial(walk, over="row", tile=TILE),
+        Inputs(
+            kept=parts.along(0, q=q),
+            fetched=(parts.along(1, k=k) | dict(bias), parts.summed(v=v) or parts.along(1, v=v)),
+            others=Others(asked, sinks),
+        ),
+        outputs=[o, lse],
+        scratch={"weights": parts.scores(v.dtype), "lse": lse} | own,
+        most=tile_sizes.columns(_MOST if V <= _MOST else _MOST_BESIDE_WIDE, q, k, v),
         products=2,
         interpret=interpret,
         name="flash_attention",
     )
 
 
-def _kernel(options, work: Work, o_ref, lse_ref):
-    others, weights_ref = work.inputs.others, work.scratch(0)
-    V = o_ref.shape[-1]
-    parts = [pl.ds(i, min(_MOST, V - i)) for i in range(0, V, _MOST)]
+def _kernel(options, work: Work, o, lse):
+    others, weights_ref = work.inputs.others, work.scratch("weights")
+    V = o.array.shape[-1]
+    slices = [pl.ds(i, min(_MOST, V - i)) for i in range(0, V, _MOST)]
 
     def add(carry, step, partial):
         sums, peak, total = carry
-        (k,) = step.ready(0)
-        _, y = maths.scores(options, maths.product(work.kept(0), k.T))
-        if partial:
-            y = maths.masked(options, others.asked, work, step, "row", y)
+        tile = maths.Tile(options, others.asked, step, partial=partial)
+        _, y = tile.scores(step.ready(0))
         higher = jnp.maximum(peak, y.max(1))
         shift = jnp.where(higher == -jnp.inf, 0.0, higher)  # -inf - -inf is NaN
         weights, decay = jnp.exp2(y - maths.along(shift, y.shape, 0)), jnp.exp2(peak - shift)
         total = total * decay + weights.sum(1)
-        weights_ref[...] = weights.astype(weights_ref.dtype)
+        weights_ref[...] = maths.factor(tile.dropping(y.shape)(weights), weights_ref.dtype)
         plgpu.commit_smem()
-        (v,) = step.ready(1)
+        v = parts.to_sum("v", step.ready(1))
         sums = tuple(
             x * maths.along(decay, x.shape, 0) + maths.product(weights_ref, v.at[:, part])
-            for x, part in zip(sums, parts, strict=True)
+            for x, part in zip(sums, slices, strict=True)
         )
         return sums, higher, total
 
-    sums, peak, total = work.each(add, _begin(work, others.sinks, parts))
+    sums, peak, total = work.each(add, _begin(work, others.sinks, slices))
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    staged = work.scratch(2) if len(work.shared.scratch) > 2 else work.kept(0)
-    for x, part in zip(sums, parts, strict=True):
-        staged.at[:, part][...] = (x / maths.along(total, x.shape, 0)).astype(o_ref.dtype)
-    work.scratch(1)[...] = jnp.where(seen, (peak + jnp.log2(total)) / maths.LOG2E, -jnp.inf)
-    work.write((staged, o_ref), (work.scratch(1), lse_ref))
+    staged = work.scratch("o") if "o" in work.shared.scratch else work.kept["q"]
+    for x, part in zip(sums, slices, strict=True):
+        staged.at[:, part][...] = (x / maths.along(total, x.shape, 0)).astype(staged.dtype)
+    work.scratch("lse")[...] = jnp.where(seen, (peak + jnp.log2(total)) / maths.LOG2E, -jnp.inf)
+    work.write((staged, o), (work.scratch("lse"), lse))
 
 
-def _begin(work, sinks, parts):
+def _begin(work, sinks, slices):
     """Sums, peak and total before the first step; a sink has a logit and no value."""
     full = lambda x, *size: jnp.full((ROWS, *size), x, jnp.float32)
-    sums = tuple(full(0, part.size) for part in parts)
+    sums = tuple(full(0, part.size) for part in slices)
     if sinks is None:
         return sums, full(-jnp.inf), full(0)
-    return sums, full(sinks[work.head] * maths.LOG2E), full(1)
+    return sums, full(sinks[work.place.n] * maths.LOG2E), full(1)

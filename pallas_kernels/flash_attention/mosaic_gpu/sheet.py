@@ -40,11 +40,10 @@ class Sheet:
 
 
 def lay(x: jax.Array | np.ndarray, sizes: tuple[int, int], over: str) -> Sheet:
-    """Booleans or integers (#B #N #T #S), padded to `sizes` queries and keys; over as of a walk."""
+    """An array (#B #N #T #S), padded to `sizes` queries and keys; over is "row" or "column"."""
     wide = [i for i in (2, 3) if x.shape[i] > 1] or [2]  # what is of neither is of each query
     boolean = x.dtype == bool
-    # masks of each score are many
-    x = jnp.asarray(x, jnp.int8 if boolean and len(wide) > 1 else jnp.int32)
+    x = jnp.asarray(x, _dtype(x.dtype, len(wide) > 1))
     for axis in wide:
         size = sizes[axis - 2]
         x = jnp.repeat(x, size, axis) if x.shape[axis] == 1 else pad(x, axis, size)
@@ -52,6 +51,15 @@ def lay(x: jax.Array | np.ndarray, sizes: tuple[int, int], over: str) -> Sheet:
         x, wide = x.swapaxes(2, 3), [5 - i for i in wide]
     x = x.reshape(*x.shape[:2], *(x.shape[i] for i in sorted(wide)))
     return Sheet(x, tuple(i - 2 for i in sorted(wide)), boolean)
+
+
+def _dtype(dtype, of_scores):
+    """What an array is held as: small, if of each score."""
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.int8 if of_scores else jnp.int32
+    if jnp.issubdtype(dtype, jnp.floating):
+        return dtype if of_scores and dtype.itemsize == 2 else jnp.float32
+    return jnp.int32
 
 
 def pad(x: jax.Array, axis: int, size: int, fill: float | int = 0) -> jax.Array:

@@ -4,11 +4,18 @@ A tile is as many queries and keys, of which a mask says whether they are empty,
 kernel keeps one side of it and takes the other in steps.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import tables
 
 ROWS, GROUPS = 64, 2  # rows of a warpgroup, by what wgmma multiplies; warpgroups that compute
 TILE = GROUPS * ROWS
 WIDEST = 256  # heads, of which a warpgroup's sums take half of its registers
+WIDEST_FLOAT32 = 128  # those that shared memory has room for
 _SHARED = 227 * 1024 - 8 * 1024  # but for barriers, rows of sums and alignment
 _MOST_STAGES = 4
 
@@ -20,18 +27,25 @@ class Steps(NamedTuple):
     stages: int
 
 
-def steps(kept: int, fetched: int, scores: int, *, most: int) -> Steps:
-    """The largest steps of which two fit.
+def steps(held: Callable[[int], int], stage: Callable[[int], int], *, most: int) -> Steps:
+    """The largest steps of which two fit, or else of which one does.
 
-    Args:
-      kept: numbers of 16 bits that are kept for each row.
-      fetched: those that are fetched for each column.
-      scores: how many tiles of scores pass through shared memory.
-      most: columns that the registers have room for.
+    held and stage say how many bytes of shared memory all steps, and each, take if of a size.
+    most is what registers have room for.
     """
-    for size in (128, 64, 32):
-        room = _SHARED - 2 * TILE * (kept + scores * size)
-        stages = min(_MOST_STAGES, room // (2 * size * fetched))
-        if size <= most and stages >= 2:
-            return Steps(size, stages)
-    raise AssertionError(f"{kept=} and {fetched=} must leave room for two steps")
+    found = [
+        Steps(size, min(_MOST_STAGES, (_SHARED - held(size)) // stage(size)))
+        for size in (128, 64, 32, 16)
+        if size <= most
+    ]
+    return next(x for stages in (2, 1) for x in found if x.stages >= stages)
+
+
+def columns(most: int, q: jax.Array, k: jax.Array, v: jax.Array) -> int:
+    """Keys of a forward step: `most`, or fewer if the table of the device says so."""
+    case = dict(dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]), implementation="pallas")
+    case |= dict(length=math.sqrt(q.shape[1] * k.shape[1]))
+    table = tables.here()
+    if table.platform != "cuda":  # compiled ahead, or interpreted
+        return most
+    return min(most, table.tile("block_k", most, "dot_product_attention", **case))

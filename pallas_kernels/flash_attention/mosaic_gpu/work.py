@@ -6,32 +6,33 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import ROWS, TILE, Steps
+from pallas_kernels.flash_attention.mosaic_gpu.frame import Frame, Place
+from pallas_kernels.flash_attention.mosaic_gpu.part import Part
+from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import ROWS, Steps
 from pallas_kernels.flash_attention.mosaic_gpu.walk import Walk
 
 
 class Inputs(NamedTuple):
-    """What a kernel reads: arrays (B L heads F) or (B heads L), outside of it or references.
+    """What a kernel reads, by name: arrays, outside of it, or references.
 
-    kept: of which a tile is kept.
-    fetched: of which steps are fetched, by the barrier that says so.
+    kept: parts that a warpgroup has throughout.
+    fetched: those that steps need, by the barrier that says so.
     others: any tree, which stays in global memory.
     """
 
-    kept: tuple
-    fetched: tuple
+    kept: dict[str, Part]
+    fetched: tuple[dict[str, Part], ...]
     others: Any
 
 
 class Shared(NamedTuple):
     """Shared memory, and the barriers that say when it may be read and written."""
 
-    kept: tuple
-    ring: tuple
-    scratch: tuple
+    kept: dict
+    ring: tuple[dict, ...]
+    scratch: dict
     arrived: Any  # what is kept
     ready: tuple  # each part of a stage
     free: Any  # a stage
@@ -41,48 +42,49 @@ class Shared(NamedTuple):
 class Work:
     """Where a warpgroup is, and what it sees."""
 
+    frame: Frame
     walk: Walk
     tables: tuple
     steps: Steps
     inputs: Inputs
     shared: Shared
-    b: Any
-    head: Any
-    tile: Any
+    block: tuple  # batch, head and tile
     group: Any
 
     @property
-    def begin(self):
-        """Its first row."""
-        return self.tile * TILE + self.group * ROWS
+    def place(self) -> Place:
+        """Where it begins, but for columns."""
+        return self.frame.first(self.block)
 
-    def kept(self, i: int):
-        """Its rows of an array that is kept."""
-        return self.shared.kept[i].at[self.group]
+    @property
+    def kept(self) -> dict:
+        """Its parts that are kept."""
+        return {name: x.at[self.group] for name, x in self.shared.kept.items()}
 
-    def scratch(self, i: int):
+    def scratch(self, name: str):
         """Its own scratch."""
-        return self.shared.scratch[i].at[self.group]
+        return self.shared.scratch[name].at[self.group]
 
     def keep(self):
-        """Reads the rows that are kept."""
+        """Reads the parts that are kept."""
         arrived = self.shared.arrived.at[self.group]
-        for i, x in enumerate(self.inputs.kept):
-            part = _part(x, self.b, self.head, self.begin, ROWS)
-            plgpu.copy_gmem_to_smem(part, self.kept(i), arrived)
+        for name, x in self.inputs.kept.items():
+            part = x.of(self.place, self.steps.size, self.group)
+            plgpu.copy_gmem_to_smem(part, self.kept[name], arrived)
         plgpu.barrier_wait(arrived)
 
     def fetch(self):
         """Fetches all steps."""
 
         def visit(_, step, partial):
-            begin = step.begin()  # which is on its way while the stage isn't free
+            begin = step.place.column()  # which is on its way while the stage isn't free
+            place = step.place._replace(column=lambda: begin)
             plgpu.barrier_wait(step.free)
-            for i, arrays in enumerate(self.inputs.fetched):
+            for i, parts in enumerate(self.inputs.fetched):
                 ready = self.shared.ready[i].at[step.stage]
-                for x, buffer in zip(arrays, self.shared.ring[i], strict=True):
-                    part = _part(x, self.b, step.head, begin, self.steps.size)
-                    plgpu.copy_gmem_to_smem(part, buffer.at[step.stage], ready)
+                for name, x in parts.items():
+                    memory = self.shared.ring[i][name].at[step.stage]
+                    x.fetch(place, self.steps.size, memory, ready)
             return ()
 
         self._each(visit, ())
@@ -102,31 +104,21 @@ class Work:
         return self._each(release, carry)
 
     def write(self, *staged):
-        """Copies its rows of outputs, pairs of shared memory and the output, to where they go."""
+        """Copies its parts of outputs, pairs of shared memory and the output, to where they go."""
         plgpu.commit_smem()
         for memory, output in staged:
-            part = _part(output, self.b, self.head, self.begin, ROWS)
+            part = output.of(self.place, self.steps.size, self.group)
             plgpu.copy_smem_to_gmem(memory, part)
         plgpu.wait_smem_to_gmem(0)
 
     def _each(self, visit, carry):
-        kept, fetched = (_heads(x) for x in (self.inputs.kept[0], self.inputs.fetched[0][0]))
-        lists = max(1, fetched // kept)  # which are walked one after the other
-
-        def of_list(i, carry):
-            n = self.head * lists + i
-
-            def of_step(carry, begin, partial):
-                number, inner = carry
-                stage = lax.rem(number, self.steps.stages)
-                head = lax.div(n, max(1, kept // fetched))
-                return number + 1, visit(inner, Step(self, n, head, begin, stage), partial)
-
-            return self.walk.each(self.tables, (self.b, n, self.tile), of_step, carry)
+        def count(carry, place, partial):
+            number, inner = carry
+            stage = lax.rem(number, self.steps.stages)
+            return number + 1, visit(inner, Step(self, place, stage), partial)
 
         carry = jnp.int32(0), carry
-        of_all = of_list(0, carry) if lists == 1 else lax.fori_loop(0, lists, of_list, carry)
-        return of_all[1]
+        return self.frame.each(self.walk, self.tables, self.block, count, carry)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,27 +126,28 @@ class Step:
     """Columns that a warpgroup meets."""
 
     work: Work
-    n: Any  # query head
-    head: Any  # of what is fetched
-    begin: Callable  # the first column
+    place: Place
     stage: Any
+
+    @property
+    def begin(self) -> tuple:
+        """Its first row and column."""
+        return self.place.row + self.work.group * ROWS, self.place.column()
 
     @property
     def free(self):
         """The barrier that says that the stage may be written."""
         return self.work.shared.free.at[self.stage]
 
-    def ready(self, i: int):
-        """What was fetched by the i-th barrier, when it is there."""
-        plgpu.barrier_wait(self.work.shared.ready[i].at[self.stage])
-        return [x.at[self.stage] for x in self.work.shared.ring[i]]
+    def ready(self, i: int) -> dict:
+        """What is kept, and what was fetched by the i-th barrier, when it is there.
 
-
-def _heads(x):
-    return x.shape[2] if len(x.shape) == 4 else x.shape[1]
-
-
-def _part(x, b, head, begin, size):
-    """Rows of an array (B L heads F) or (B heads L)."""
-    rows = pl.ds(begin, size)
-    return x.at[b, rows, head] if len(x.shape) == 4 else x.at[b, head, rows]
+        What lies across is turned: it has rows for columns of the tile, as everything else.
+        """
+        work = self.work
+        plgpu.barrier_wait(work.shared.ready[i].at[self.stage])
+        found = work.kept
+        for name, part in work.inputs.fetched[i].items():
+            x = work.shared.ring[i][name].at[self.stage]
+            found[name] = x.at[work.group] if 0 in part.axes else x.T if part.across else x
+        return found

@@ -34,13 +34,32 @@ def test_full_tiles_come_first(traced):
     assert visited(states, "column", 1, 1) == [1256, 1320]
 
 
-@pytest.mark.parametrize("width", [64, 128, 192, 256])
-def test_two_steps_fit_at_every_width(width):
-    for kept, scores in ((2 * width, 1), (2 * width, 2)):
-        steps = tile_sizes.steps(kept, 2 * width, scores, most=64)
-        assert steps.stages >= 2 and steps.size in (32, 64)
-        held = 2 * (128 * (kept + scores * steps.size) + steps.stages * steps.size * 2 * width)
-        assert held < 227 * 1024
+def test_members_of_a_tile():
+    """The batch entries and heads that share a tile, in the order of flat indices, full first."""
+    states = np.array([[[2, 1]], [[1, 1]], [[2, 0]]])[None]  # of three heads, two tiles
+    plan = walk.members(states, counts=(2, 3), blocks=(1, 1))
+    order, counts = (np.asarray(x) for x in plan.tables)
+    assert order[0, 0, 0].tolist() == [0, 2, 3, 5, 1, 4] and counts[0, 0, 0].tolist() == [4, 6]
+    assert order[0, 0, 1, :4].tolist() == [0, 1, 3, 4] and counts[0, 0, 1].tolist() == [0, 4]
+    apart = walk.members(states, counts=(2, 3), blocks=(1, 3))
+    assert apart.tables[1].tolist() == [[[[2, 2], [0, 2]], [[0, 2], [0, 2]], [[2, 2], [0, 0]]]]
+
+
+@pytest.mark.parametrize(
+    ("kept", "fetched", "size", "stages"),
+    [
+        (256, 256, 128, 2),
+        (1024, 512, 64, 2),
+        (1024, 1536, 16, 2),
+        (1024, 5000, 16, 1),
+    ],
+)
+def test_the_largest_steps_that_fit(kept, fetched, size, stages):
+    """Two, or else one."""
+    held, stage = (lambda size: 128 * kept), (lambda size: size * fetched)
+    steps = tile_sizes.steps(held, stage, most=128)
+    assert steps.size == size and steps.stages >= stages
+    assert held(size) + steps.stages * stage(size) < 227 * 1024
 
 
 def test_wrong_arguments():
@@ -52,10 +71,14 @@ def test_wrong_arguments():
 
     with pytest.raises(ValueError, match=r"\(1, 1, 3, 3\) must be for \(2, 2\) tiles of 128"):
         attend(tiles=3)
-    with pytest.raises(NotImplementedError, match=r"bfloat16 or float16, not \['float32'\]"):
-        attend(dtype="float32")
-    with pytest.raises(NotImplementedError, match="heads of 256, not 320"):
+    with pytest.raises(NotImplementedError, match=r"or float32, not \['float8_e4m3fn'\]"):
+        attend(dtype="float8_e4m3fn")
+    with pytest.raises(NotImplementedError, match="heads of 256 in bfloat16, not 320"):
         attend(width=320)
+    with jax.default_matmul_precision("high"):
+        attend(dtype="float32")
+        with pytest.raises(NotImplementedError, match="heads of 128 in float32, not 192"):
+            attend(dtype="float32", width=192)
     many = np.broadcast_to(np.int8(2), (4096, 2048, 2, 2))
     with pytest.raises(NotImplementedError, match="must be 16777216 or fewer"):
         attend(states=many)

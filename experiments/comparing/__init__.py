@@ -1,0 +1,1 @@
+"""What `attnjax compare` does: runs of several mechanisms, side by side on a page."""

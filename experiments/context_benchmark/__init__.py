@@ -1,0 +1,1 @@
+"""What `attnjax benchmark context_parallel` does: masks by strategies by lengths."""

@@ -1,0 +1,1 @@
+"""What benchmarks share: cases, turns, results, and other libraries beside ours."""
