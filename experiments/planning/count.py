@@ -6,6 +6,7 @@ instruction, and what its collectives take on all links at once, where nothing h
 """
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -182,5 +183,5 @@ def short(source: str) -> str:
     first = source.split(";")[0].split(":")[0].replace("/(", "/").removeprefix("(")
     parts = [part for part in first.split("/") if part not in _NOISE]
     parts = [part for part in parts if "jvp(" not in part and part != "rematted_computation"]
-    kept = [a for a, b in zip(parts, [*parts[1:], ""], strict=True) if not b.startswith(f"{a}.")]
-    return passed + "/".join(kept[-5:])
+    kept = [a for a, b in itertools.pairwise([*parts, ""]) if not b.startswith(f"{a}.")]
+    return passed + ("/".join(kept[-5:]) or first)

@@ -176,6 +176,7 @@ def test_every_accelerator_has_a_public_source():
         ("jit(update)/transpose(jvp(LM))/while/checkpoint/rematted_computation/mixer/out/add",
          "again mixer/out/add"),
         ("jit(update)/transpose(jvp(LM))/(a/b/mul:c/d/add)", "backward a/b/mul"),
+        ("shard_map", "shard_map"),
     ],
 )  # fmt: skip
 def test_names_of_places_are_short(source, short):

@@ -86,7 +86,7 @@ def test_what_depends_on_data_is_counted_once_and_named():
     fn = lambda x: loop(0, 3, lambda _, x: lax.while_loop(cond, lambda x: twice(x) + 1, x), x)
     count, unknown = products(module_of(fn, X))
     assert count == [3]
-    assert len(unknown) == 1 and unknown[0].endswith("while")
+    assert len(unknown) == 1 and "while" in unknown[0]
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
