@@ -4,9 +4,9 @@
     attnjax benchmark tune --head-dims 128 --dtypes bfloat16 --out table.json
 
 Each candidate computes gradients, of attention with a causal mask and without, of recurrences with
-decays by head and by channel, and they take turns; what counts is the geometric mean of the medians.
-Of candidates that are the same program, which short
-sequences make of large tiles, only the first is timed. A row says how busy the machine was.
+decays by head and by channel, and they take turns; what counts is the geometric mean of the
+medians. Of candidates that are the same program, which short sequences make of large tiles, only
+the first is timed. A row says how busy the machine was.
 """
 
 import dataclasses
