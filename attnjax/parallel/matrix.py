@@ -35,8 +35,8 @@ Written by `make docs` from [matrix.py](../attnjax/parallel/matrix.py); do not e
 
 `yes`: outputs and gradients are those of one device, to a relative error of 1e-5 in float32, on 4
 and on 8 devices ([matrix_test.py](../tests/parallel/matrix_test.py) runs every cell, several rows
-of a column in one call where they can be). A number: the call is refused with the sentence below, which
-names what would work.
+of a column in one call where they can be). A number: the call is refused with the sentence below,
+which names what would work.
 """
 
 
