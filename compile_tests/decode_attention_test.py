@@ -7,6 +7,7 @@ import pytest
 from compile_tests import calls
 from experiments import targets
 from pallas_kernels import decode_attention as kernels
+from pallas_kernels import tables
 
 K, H, PAGE = 8, 128, 128
 LONG = 128 * 1024
@@ -51,6 +52,19 @@ def test_a_batch(target, S):
     assert_kernel(found)
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 100  # no copy of the cache
+
+
+def test_keys_of_a_step_by_a_table():
+    def vmem(keys):
+        source = {"how": "computed", "rule": ""}
+        row = dict(operation="decode_attention", implementation="pallas", source=source)
+        row = tables.Row(**row, tiles={"keys": keys})
+        with tables.using(tables.Table("x", "tpu", (row,))):
+            found, _ = compile_on("v5e:2x2", K=1, N=8)
+        assert_kernel(found)
+        return found[0].vmem
+
+    assert vmem(256) < vmem(2048) / 4
 
 
 @pytest.mark.parametrize("target", calls.TPUS)

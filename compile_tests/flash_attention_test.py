@@ -80,22 +80,40 @@ def test_every_option(target, dtype):
     assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dbias"])
 
 
+def modified(args, make, **options):
+    """`gradients` with a score_mod by slopes of each head and a bound, both learned."""
+
+    def attend_to(args):
+        score_mod = make(args.pop("slopes"), args.pop("cap"))
+        return attend(args, score_mod=score_mod, **options)
+
+    out, vjp = jax.vjp(lambda args: attend_to(dict(args)), args)
+    return vjp(jax.tree.map(jnp.ones_like, out))
+
+
+def bounded(slopes, cap):
+    return lambda x, b, n, t, s: cap * jnp.tanh(x / cap) - slopes[n] * abs(t - s)
+
+
+def elementary(slopes, cap):
+    """What stands for operations that Mosaic has not, or not for each dtype."""
+
+    def score_mod(x, b, n, t, s):
+        x = cap * jnp.tanh(x / cap) - jnp.log1p(abs(x)) * (abs(t - s) + 1.0) ** -slopes[n]
+        wave = jnp.floor(x) * jnp.cos(cap * (t - s))
+        return jnp.where(~(t % 3 == 0) | b.astype(bool), x, wave)
+
+    return score_mod
+
+
+LEARNED = dict(
+    slopes=jax.ShapeDtypeStruct((2,), "float32"), cap=jax.ShapeDtypeStruct((), "float32")
+)
+
+
 def test_score_mod():
-    """Slopes by head and a bound, both learned."""
-
-    def fn(args):
-        def attend(args):
-            slopes, cap = args["slopes"], args["cap"]
-            score_mod = lambda x, b, n, t, s: cap * jnp.tanh(x / cap) - slopes[n] * abs(t - s)
-            q, k, v = (args[name] for name in "qkv")
-            return ops.dot_product_attention(q, k, v, mask=masks.Causal(), score_mod=score_mod)
-
-        o, vjp = jax.vjp(attend, args)
-        return vjp(jnp.ones_like(o))
-
-    shapes = dict(slopes=(2,), cap=())
-    learned = {name: jax.ShapeDtypeStruct(x, "float32") for name, x in shapes.items()}
-    found, _ = compile_on("v5e:2x2", fn, arrays(512, "bfloat16", **learned))
+    fn = functools.partial(modified, make=bounded)
+    found, _ = compile_on("v5e:2x2", fn, arrays(512, "bfloat16", **LEARNED))
     assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dfactors"])
 
 
@@ -129,6 +147,13 @@ def test_h100_float32():
     args = arrays(LONG, "float32", bias=jax.ShapeDtypeStruct((1, 2, 1, LONG), "float32"))
     found = calls.kernels(targets.compile_for("h100:1", by_kernel, args))
     assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dbias"])
+
+
+def test_h100_score_mod():
+    fn = functools.partial(modified, make=elementary, implementation="pallas")
+    args = arrays(4000, "bfloat16", K=1, **LEARNED)
+    found = calls.kernels(targets.compile_for("h100:1", fn, args))
+    assert sorted(x.name for x in found) == sorted([*NAMES, "flash_attention_dfactors"])
 
 
 def test_h100_within_a_mesh():

@@ -36,13 +36,13 @@ def run(
 
     "xla" and "pallas" ask for one of them; "interpret" is the one for TPU, which also takes
     `interpret`, on any platform. None is the kernel where the call is lowered for TPU, runs whole
-    on each device and `fits`; but what `row` names, of the table in force, on its platform. Where
-    it is lowered, NotImplementedError is raised for a platform without a kernel, and for what a
-    kernel raised it for.
+    on each device and `fits` that; but what `row` names, of the table in force, on its platform.
+    Where it is lowered, NotImplementedError is raised for a platform without a kernel, and for
+    what a kernel raised it for.
     """
     match implementation:
-        case None if fits and whole():
-            kernels = _by_default(row, xla, tpu, gpu)
+        case None if (fits or row is not None) and whole():
+            kernels = _by_default(row, xla, tpu if fits else xla, gpu)
             return jax.lax.platform_dependent(*args, default=xla, **kernels)
         case None | "xla":
             return xla(*args)

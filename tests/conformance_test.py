@@ -319,13 +319,14 @@ def test_dense_twin(name):
 
 @every_mechanism_with(Claim.FORWARD_MODE)
 def test_forward_mode(name):
-    """Of softmax attention in tiles, as it is at lengths that are too long for tests."""
+    """Softmax attention in tiles, as it is at lengths that are too long for tests, is traced."""
     args = example(name, 67)
     learned, draw = floats(args), np.random.default_rng(1).normal
     tangents = {k: draw(size=x.shape).astype(np.float32) for k, x in learned.items()}
     fn = lambda learned: registry.get(name).fn(**(args | learned))
-    with tables.using(IN_TILES):
-        _, tangent = on_host(jax.jit(lambda *pair: jax.jvp(fn, *pair)))((learned,), (tangents,))
+    with tables.using(IN_TILES):  # whose numbers are those of tests/ops/forward_mode_test.py
+        jax.eval_shape(lambda *pair: jax.jvp(fn, *pair), (learned,), (tangents,))
+    _, tangent = on_host(jax.jit(lambda *pair: jax.jvp(fn, *pair)))((learned,), (tangents,))
     out, grads = program(name, 67)(learned)
     forward = (tangent * cotangents.like(out)).sum()
     backward = sum((grads[k] * tangents[k]).sum() for k in learned)

@@ -35,16 +35,16 @@ from attnjax.ops import dot_product_attention as ops
 
 
 def dual_attention_transformer(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N V"],
+    q: Float[Array, "B T heads H"],  # not N: no device can have a part, as the last A are others
+    k: Float[Array, "B S heads H"],
+    v: Float[Array, "B S heads V"],
     rq: Float[Array, "B T R P"],
     rk: Float[Array, "B S R P"],
     w: Float[Array, "A R V"],
     *,
     mask: masks.Mask | None = None,
     q_offset: int | Int[Array, ""] = 0,
-) -> Float[Array, "B T N V"]:
+) -> Float[Array, "B T heads V"]:
     """o in v's dtype.
 
     Args:
@@ -222,6 +222,8 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

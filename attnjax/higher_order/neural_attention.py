@@ -136,7 +136,7 @@ class NeuralAttention(nn.Module):
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
     draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)
-    pair = dict(q=draw(0, 2, T, 3, 4), k=draw(1, 2, T, 3, 4), v=draw(2, 2, T, 3, 5))
+    pair = dict(q=draw(0, 2, T, 4, 4), k=draw(1, 2, T, 4, 4), v=draw(2, 2, T, 4, 5))
     first = dict(w1=draw(3, 8, 6), b1=draw(4, 6))
     return pair | first | dict(w2=draw(5, 6, 3), b2=draw(6, 3), w3=draw(7, 3))
 
@@ -172,6 +172,8 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather", "all_to_all"),
 )

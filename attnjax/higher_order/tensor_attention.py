@@ -177,7 +177,7 @@ class TensorAttention(nn.Module):
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
-    q, k1, k2, v1, v2 = jax.random.normal(key, (5, 2, T, 2, 4))
+    q, k1, k2, v1, v2 = jax.random.normal(key, (5, 2, T, 4, 4))
     return dict(q=q, k1=k1, k2=k2, v1=v1, v2=v2)
 
 
@@ -208,6 +208,8 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather", "all_to_all"),
 )

@@ -32,8 +32,8 @@ from jaxtyping import Array, Float
 
 from attnjax.core import layers, masks, recurrent, registry, short_conv
 from attnjax.core.registry import Claim
+from attnjax.ops import blocked_arguments, unit_vectors
 from attnjax.ops import neural_memory as ops
-from attnjax.ops import unit_vectors
 
 
 def titans(
@@ -62,6 +62,8 @@ def titans(
 
     Raises NotImplementedError for any other mask, ValueError for chunk < 1.
     """
+    arrays = memory, q, k, v, rate, log_momentum, log_keep
+    memory = blocked_arguments.varying(memory, like=arrays)  # as a state will vary
     state = ops.State.begin(memory, q.shape[0]) if initial_state is None else initial_state
     options = dict(mask=mask, chunk=chunk, by="titans")
     o, state = ops.neural_memory(q, k, v, rate, log_momentum, log_keep, state, **options)
@@ -116,10 +118,10 @@ class Titans(recurrent.Recurrent):
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
     keys = jax.random.split(key, 3)
-    q, k, v = unit_vectors.unit(jax.random.normal(keys[0], (3, 2, T, 2, 4)))
-    gates = jax.random.uniform(keys[1], (3, 2, T, 2), minval=0.1, maxval=0.9)
+    q, k, v = unit_vectors.unit(jax.random.normal(keys[0], (3, 2, T, 4, 4)))
+    gates = jax.random.uniform(keys[1], (3, 2, T, 4), minval=0.1, maxval=0.9)
     logs = dict(log_momentum=jnp.log(gates[1]), log_keep=jnp.log(gates[2]))
-    memory = jax.random.normal(keys[2], (2, 2, 4, 4)) / 2
+    memory = jax.random.normal(keys[2], (4, 2, 4, 4)) / 2
     return dict(q=q, k=k, v=v, rate=gates[0], memory=memory) | logs
 
 
@@ -147,7 +149,7 @@ def _oracle(q, k, v, rate, log_momentum, log_keep, memory, *, chunk=1):
 SPEC = registry.Mechanism(
     fn=titans,
     module=Titans,
-    small=dict(num_heads=2, head_dim=4, chunk=3),
+    small=dict(num_heads=4, head_dim=4, chunk=3),
     papers=("titans",),
     example=_example,
     oracle=_oracle,
@@ -159,6 +161,8 @@ SPEC = registry.Mechanism(
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("all_to_all",),
 )

@@ -20,12 +20,15 @@ from attnjax.ops import blocked_arguments, blocked_gradients, blocked_schedule, 
 from attnjax.ops.blocked_arguments import zeros
 from attnjax.ops.blocked_tile import LOG2E
 from pallas_kernels import tables
+from pallas_kernels.flash_attention.whole import part_of
 
 
-def blocked_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout, score_mod):
+def blocked_attention(
+    q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout, score_mod, whole=None
+):
     """(output, lse) as `ops.dot_product_attention` defines them; reverse mode only.
 
-    t (T) and s (S) are the positions of queries and keys.
+    t (T) and s (S) are the positions of queries and keys. `whole`: see `ops.part_of_attention`.
     """
     score_mod, captured, constants = blocked_arguments.open_closure(score_mod)
     learned = blocked_arguments.Learned(q, k, v, bias, sinks, captured)
@@ -33,7 +36,9 @@ def blocked_attention(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropo
     options |= dict(mask=mask, dropout=dropout, constants=constants)
     options, learned, given = arguments(learned, t, s, **options)
     leaves, tree = jax.tree.flatten(given)
-    learned = blocked_arguments.varying(learned, like=(learned, leaves))
+    learned = blocked_arguments.varying(learned, like=(learned, leaves, whole))
+    if whole is not None:
+        return _attend_to_part(options, tree, learned, leaves, whole)
     return _attend(options, tree, learned, leaves)
 
 
@@ -124,3 +129,4 @@ def gradients(options, learned, given, o, lse, do, dlse):
 
 
 _attend.defvjp(_forward, _backward)
+_attend_to_part = part_of(_backward, static=2)

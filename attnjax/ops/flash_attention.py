@@ -1,6 +1,5 @@
 """Softmax attention by a Pallas kernel for TPU: what tiles it takes, and what it is called with."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -9,58 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core import masks
-from attnjax.ops import blocked_arguments, flash_mask, score_factors
-from attnjax.ops import dropout as dropouts
+from attnjax.ops import flash_arguments
 from pallas_kernels import flash_attention as kernels
 
 _STEP = 2**18  # what a tile costs beside its entries, in entries: a third of a microsecond
 
 
-def flash_attention(
-    q,
-    k,
-    v,
-    t,
-    s,
-    *,
-    mask,
-    bias,
-    scale,
-    softcap,
-    sinks,
-    dropout,
-    score_mod,
-    plan=None,
-    interpret=False,
-):
+def flash_attention(q, k, v, t, s, *, plan=None, interpret=False, **options):
     """(output, lse) as `ops.dot_product_attention` defines them; reverse mode only.
 
-    t (T) and s (S) are the positions of queries and keys; plan is theirs, where it is made already.
-    Raises NotImplementedError for masks with too many tiles, and for a score_mod that looks up by
-    position.
+    t (T) and s (S) are the positions of queries and keys; plan is theirs, where it is made already;
+    options are those of `flash_arguments`. Raises NotImplementedError for masks with too many
+    tiles, and for a score_mod that looks up by position.
     """
-    modify, factors, numbers = None, (), ()
-    if score_mod is not None:
-        modify, factors, numbers = score_factors.factored(score_mod, q.shape[0], q.shape[2])
-    dtype = jnp.result_type(q, k)
-    q, k = q.astype(dtype), k.astype(dtype)
-    states, sizes = plan or plan_of(q, k, v, t, s, mask, bias, score_mod)
-    visible, arrays = flash_mask.translate(mask, t, s, sizes[:2])
-    learned = q, k, v, bias, sinks, factors
-    static = isinstance(states, np.ndarray)
-    given = t, s, arrays, dropout and dropout.seed, None if static else states, numbers
-    # gradients of arrays that are whole in some axes of a mesh are summed where this casts
-    learned, given = blocked_arguments.varying((learned, given), like=(learned, given))
-    q, k, v, bias, sinks, factors = learned
-    t, s, arrays, seed, traced, numbers = given
-    mask = kernels.Mask(states if static else traced, visible, arrays)
-    if dropout is not None:
-        keep = functools.partial(dropouts.kept, dropout.rate)
-        dropout = kernels.Dropout(dropout.rate, keep, seed)
-    options = dict(bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
-    if modify is not None:
-        options |= dict(score_mod=kernels.ScoreMod(modify, factors, numbers))
-    return kernels.flash_attention(q, k, v, t, s, mask, sizes=sizes, interpret=interpret, **options)
+    plan = plan or plan_of(q, k, v, t, s, *(options[x] for x in ("mask", "bias", "score_mod")))
+    blocks = plan.sizes[:2]
+    args, options = flash_arguments.arguments(q, k, v, t, s, plan.states, blocks, **options)
+    return kernels.flash_attention(*args, sizes=plan.sizes, interpret=interpret, **options)
 
 
 class Plan(NamedTuple):

@@ -20,10 +20,16 @@ from attnjax.ops.blocked_arguments import Learned
 def with_forward_mode(attend: Callable) -> Callable:
     """`attend`, called as `blocked_attention` is, with forward-mode derivatives too.
 
-    It returns (output, lse), or (output, None) where its lse can't be had.
+    It returns (output, lse), or (output, None) where its lse can't be had. With `whole`, of which
+    keys are a part, it stays as it is.
     """
 
-    def attend_both(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout, score_mod):
+    def attend_both(q, k, v, t, s, *, whole=None, **options):
+        if whole is not None:
+            return attend(q, k, v, t, s, whole=whole, **options)
+        return both(q, k, v, t, s, **options)
+
+    def both(q, k, v, t, s, *, mask, bias, scale, softcap, sinks, dropout, score_mod):
         score_mod, captured, constants = blocked_arguments.open_closure(score_mod)
         dtype = jnp.result_type(q, k)
         learned = Learned(q.astype(dtype), k.astype(dtype), v, bias, sinks, captured)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from attnjax.core import masks
 from attnjax.ops import dot_product_attention as ops
 from pallas_kernels import neighborhood as kernels
-from pallas_kernels import placing
+from pallas_kernels import placing, tables
 from pallas_kernels.neighborhood import mosaic_gpu
 
 Implementation = Literal["xla", "pallas", "interpret"]
@@ -40,19 +40,22 @@ def neighborhood_attention(
       bias: added to the scores of every group; has a gradient.
       implementation: "xla" is `ops.dot_product_attention` over groups, "pallas" a kernel for TPU
         or for Hopper GPUs without forward-mode derivatives, and "interpret" runs that for TPU on
-        any platform, slowly. None is the kernel where the call is lowered for TPU, runs whole on
-        each device (`placing`) and a group fits into the kernel's memory, and XLA elsewhere.
+        any platform, slowly. None is what the table of the device says, or without a row the
+        kernel where the call is lowered for TPU; if it runs whole on each device (`placing`) and,
+        on TPU, a group fits into the kernel's memory. XLA elsewhere, which has no size to choose:
+        the tiles of `ops.dot_product_attention` are those of its own rows.
 
-    Raises ValueError for shapes that don't fit, and NotImplementedError for what the kernel that
-    was asked for can't honour: on TPU groups that are too large, on GPU what
+    Raises ValueError for shapes and rows of the table that don't fit, and NotImplementedError for
+    what the kernel that was asked for can't honour: on TPU groups that are too large, on GPU what
     `pallas_kernels.flash_attention.mosaic_gpu` refuses.
     """
     _check(q, k, v, near, bias, implementation)
     by_kernel = functools.partial(_by_kernel, scale=q.shape[-1] ** -0.5)
     args = q, k, v, near, bias
-    fits = kernels.fits(q, k, v, bias)
+    fits = kernels.fits(*args)
+    row = tables.here().find(kernels.NAME, **kernels.case_of(q, v))
     by_gpu = functools.partial(by_kernel, attend=mosaic_gpu.neighborhood_attention)
-    options = dict(xla=_by_xla, tpu=by_kernel, gpu=by_gpu, fits=fits)
+    options = dict(xla=_by_xla, tpu=by_kernel, gpu=by_gpu, fits=fits, row=row)
     return placing.run(args, implementation, **options)
 
 
@@ -64,6 +67,7 @@ def _by_kernel(
 
 
 def _by_xla(q, k, v, near, bias):
+    kernels.tiles(q, v, kernel_for=None)  # none is free
     mask = None if near is None else masks.Dense(seen(near)[:, None])
     return jax.vmap(functools.partial(ops.dot_product_attention, mask=mask, bias=bias))(q, k, v)
 

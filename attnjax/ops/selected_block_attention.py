@@ -3,7 +3,8 @@
 Pairs of a query and a block that it selected are sorted by block and laid into tiles, each of one
 block; tiles are attended to in turn, and the pieces of a query are merged by their lse. Whatever
 is selected, the pairs need no more than A T / X + L tiles of X = min(T, C) queries, so the work is
-that of A + 1 blocks a query, and memory is linear in T and S. A single query reads A blocks.
+that of A + 1 blocks a query, and memory is linear in T and S. A single query reads A blocks. The
+table of a device (`pallas_kernels.tables`) may have another X, as `block_q` of "xla".
 
 Source: Lu et al., "MoBA", arXiv:2502.13189, section 2.3. Unlike there: shapes don't depend on the
 selection, and the block that a query lies in is treated as any other.
@@ -28,7 +29,7 @@ from attnjax.ops import blocked_arguments, flash_attention, flash_mask, selected
 from attnjax.ops.selected_block_loop import cut  # noqa: F401
 from pallas_kernels import block_sparse as kernels
 from pallas_kernels import flash_attention as dense_kernels
-from pallas_kernels import placing
+from pallas_kernels import placing, tables
 from pallas_kernels.block_sparse import mosaic_gpu as block_sparse_gpu
 from pallas_kernels.flash_attention import mosaic_gpu
 
@@ -59,14 +60,15 @@ def selected_block_attention(
         a NotImplementedError for others.
       q_offset: position of the first query; keys begin at 0.
       implementation: "xla" (which alone has forward-mode derivatives), "pallas" (TPU and Hopper
-        GPUs), or "interpret", which runs the one for TPU on any platform, slowly. None is the
-        kernel where the call is lowered for TPU, runs whole on each device
-        (`pallas_kernels.placing`) and scalar memory has room for the pairs of a tile and a block;
-        XLA elsewhere.
+        GPUs), or "interpret", which runs the one for TPU on any platform, slowly. None is what the
+        table of the device says, or without a row the kernel where the call is lowered for TPU;
+        if it runs whole on each device (`pallas_kernels.placing`) and, on TPU, scalar memory has
+        room for the pairs of a tile and a block. XLA elsewhere.
 
-    A query that sees nothing gives zeros. Returns v's dtype. Raises ValueError for arguments that
-    don't fit, NotImplementedError for what the kernel that is asked for can't honour: on TPU more
-    pairs than it has room for, on GPU what `pallas_kernels.flash_attention.mosaic_gpu` refuses.
+    A query that sees nothing gives zeros. Returns v's dtype. Raises ValueError for arguments and
+    rows of the table that don't fit, NotImplementedError for what the kernel that is asked for
+    can't honour: on TPU more pairs than it has room for, on GPU what
+    `pallas_kernels.flash_attention.mosaic_gpu` refuses.
     """
     masks.select(mask, *_KINDS, by="selected_block_attention")
     _check(q, selected, query_block, implementation)
@@ -75,7 +77,8 @@ def selected_block_attention(
     by_xla, by_kernel, by_gpu = (functools.partial(x, mask=mask, **sizes) for x in forms)
     args = q, k, v, selected, q_offset + jnp.arange(q.shape[1])
     fits = kernels.plan_of(*args[:4], **sizes).fits
-    options = dict(xla=by_xla, tpu=by_kernel, gpu=by_gpu, fits=fits)
+    row = tables.here().find(kernels.NAME, **tables.case_between(q, k, v))
+    options = dict(xla=by_xla, tpu=by_kernel, gpu=by_gpu, fits=fits, row=row)
     return placing.run(args, implementation, **options)
 
 
@@ -102,6 +105,7 @@ def _by_kernel(
 
 
 def _by_gpu(q, k, v, selected, t, *, mask, block, query_block, interpret=False):
+    _sizes(q, k, v, {}, kernel_for="cuda")  # none is free
     (B, T, N, _), S, tile = q.shape, k.shape[1], mosaic_gpu.TILE
     tiles = -(-T // tile), -(-S // tile)
     if query_block % tile or block % tile or math.prod((B, N, *tiles)) > mosaic_gpu.MOST_STATES:
@@ -129,4 +133,10 @@ def _by_tiles(q, k, v, chosen, t, *, mask, interpret):
 
 def _by_xla(q, k, v, selected, t, *, mask, block, query_block):
     selected = jnp.repeat(selected, query_block, 1)[:, : len(t)]
-    return selected_block_loop.selected_block_loop(q, k, v, selected, t, mask=mask, block=block)
+    sizes = dict(block=block) | _sizes(q, k, v, dict(block_q=block), kernel_for=None)
+    return selected_block_loop.selected_block_loop(q, k, v, selected, t, mask=mask, **sizes)
+
+
+def _sizes(q, k, v, rules, *, kernel_for):
+    case = tables.case_between(q, k, v)
+    return tables.here().tiles(kernels.NAME, rules, kernel_for=kernel_for, **case)

@@ -16,12 +16,15 @@ from attnjax.core import masks
 from attnjax.ops import dot_product_attention as ops
 
 
-def selected_block_loop(q, k, v, selected, t, *, mask, block):
-    """Of queries at positions t (T), each of which selects for itself: selected is (B T N A)."""
+def selected_block_loop(q, k, v, selected, t, *, mask, block, block_q):
+    """Of queries at positions t (T), each of which selects for itself: selected is (B T N A).
+
+    A tile has block_q queries, if there are so many.
+    """
     exists = masks.Prefix(k.shape[1])  # the last block is padded
     mask = exists if mask is None else mask & exists
     k, v = cut(k, block), cut(v, block)
-    lay = functools.partial(_lay, L=k.shape[1], X=min(q.shape[1], block))
+    lay = functools.partial(_lay, L=k.shape[1], X=min(q.shape[1], block_q))
     tiles = jax.vmap(jax.vmap(lay, 1))(selected)
     o, lse = _attend(q, k, v, tiles, mask, t)
     share = jax.nn.softmax(jnp.maximum(lse, -1e30), -1)  # -inf, where nothing is seen, gives NaN

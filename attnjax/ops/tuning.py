@@ -1,38 +1,26 @@
 """What an operation could take on the device at hand: candidates for who measures them.
 
-A candidate is traced with a table that has it as its only row: what is measured is what that row
-would do. `attnjax benchmark tune` measures, and writes the rows of those that were fastest.
+A candidate is traced with a table that has it as the operation's only row: what is measured is
+what that row would do. `attnjax benchmark tune` measures, and writes the rows of those that were
+fastest. `tuning_candidates` lists them, `tuning_calls` says what is called.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from attnjax.core import masks
-from attnjax.ops import dot_product_attention as ops
+from attnjax.ops.tuning_calls import CALLS
+from attnjax.ops.tuning_candidates import CANDIDATES, Candidate
 from pallas_kernels import tables
-from pallas_kernels.decay_attention import decay_attention
-from pallas_kernels.linear_recurrence import linear_recurrence
-from pallas_kernels.selective_scan import selective_scan
 
-
-class Candidate(NamedTuple):
-    """An implementation with tiles, which are (name, size) each."""
-
-    implementation: str
-    tiles: tuple[tuple[str, int], ...] = ()
-
-    def __str__(self):
-        return " ".join([self.implementation, *(f"{name}={size}" for name, size in self.tiles)])
+OPERATIONS = tuple(CALLS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One class of arguments of an operation: queries, keys and values of one sequence."""
+    """One class of arguments of an operation, as a row of a table is for."""
 
     operation: str
     dtype: str
@@ -43,68 +31,9 @@ class Case:
         return f"{self.operation} {self.dtype}, D {self.head_dim}, T {self.length}"
 
 
-def _squares(*sizes):
-    return [Candidate("pallas", (("block_q", x), ("block_k", x))) for x in sizes]
-
-
-def _recurrent(*chunks):
-    """XLA's form and the kernel, which refuses chunks that it can't."""
-    by = {x: [Candidate(x, (("chunk", size),)) for size in chunks] for x in ("xla", "pallas")}
-    both = by["xla"] + by["pallas"]
-    return {"cpu": by["xla"], "cuda": both, "tpu": both}
-
-
-_BLOCKED = [Candidate("blocked", (("block", x),)) for x in (512, 128, 256, 1024)]
-_COLUMNS = [Candidate("pallas", (("block_k", x),)) for x in (128, 64, 32)]
-_CANDIDATES = {
-    "linear_recurrence": _recurrent(64, 32, 128),
-    "decay_attention": _recurrent(128, 64, 256),
-    "selective_scan": _recurrent(64, 32, 128),
-    "dot_product_attention": {
-        "cpu": [Candidate("dense"), *_BLOCKED],
-        "cuda": [Candidate("dense"), *_BLOCKED, Candidate("cudnn"), *_COLUMNS],
-        "tpu": [Candidate("dense"), *_BLOCKED, *_squares(1024, 512, 256, 2048)],
-    },
-}
-
-
-def _recurrence(channels):
-    """With a decay of 0.1 a token, of each head or of each channel."""
-
-    def call(q, k, v):
-        decay = jnp.full((1, 1, q.shape[2], q.shape[3] if channels else 1), -0.1)
-        return linear_recurrence(q, k, v, log_decay=decay)[0]
-
-    return call
-
-
-def _decay(q, k, v):
-    """With a decay of 0.1 a token."""
-    return decay_attention(q, k, v, jnp.full(q.shape[2], -0.1))[0]
-
-
-def _scan(x, delta, v):
-    """With 16 states a channel, as most models have."""
-    b, c = delta[..., :16], v[..., :16]
-    rate, skip = jnp.full((*x.shape[2:], b.shape[-1]), -1.0), jnp.ones(x.shape[2:])
-    return selective_scan(x, jax.nn.softplus(delta), rate, b, c, skip)[0]
-
-
-_CALLS = {
-    "linear_recurrence": {"heads": _recurrence(False), "channels": _recurrence(True)},
-    "decay_attention": {"causal": _decay},
-    "selective_scan": {"causal": _scan},
-    "dot_product_attention": {
-        "full": ops.dot_product_attention,
-        "causal": lambda q, k, v: ops.dot_product_attention(q, k, v, mask=masks.Causal()),
-    },
-}
-OPERATIONS = tuple(_CALLS)
-
-
 def candidates(case: Case) -> list[Candidate]:
     """What there is on the platform at hand; today's rules come first of their implementation."""
-    return _CANDIDATES[case.operation][_platform()]
+    return CANDIDATES[case.operation][_platform()]
 
 
 def _platform():
@@ -112,25 +41,31 @@ def _platform():
 
 
 def steps(case: Case, candidate: Candidate) -> dict[str, Callable]:
-    """{name: (q, k, v, cotangent) -> gradients}, each with the candidate in force."""
-    table = tables.Table(
-        kind(), _platform(), (row(case, candidate, {"how": "computed", "rule": ""}),)
-    )
+    """{name: function of `arrays`}, each with the candidate in force.
+
+    They return gradients, or of what has none the output. Other operations, by which this one may
+    be computed, go by the table in force.
+    """
+    own = row(case, candidate, {"how": "computed", "rule": ""})
+    others = (x for x in tables.here().rows if x.operation != case.operation)
+    table, calls = tables.Table(kind(), _platform(), (own, *others)), CALLS[case.operation]
 
     def step(call):
-        def gradients(*arrays):
+        def run(*arrays):
             with tables.using(table):
-                return jax.vjp(call, *arrays[:3])[1](arrays[3])
+                if not calls.learned:
+                    return call(*arrays)
+                *arrays, cotangent = arrays
+                return jax.vjp(call, *arrays)[1](cotangent)
 
-        return gradients
+        return run
 
-    return {name: step(call) for name, call in _CALLS[case.operation].items()}
+    return {name: step(call) for name, call in calls.by_name.items()}
 
 
-def arrays(case: Case, heads: int) -> tuple[jax.Array, ...]:
-    """What a step takes, of shape (1 T N H) each."""
-    shape = 1, case.length, heads, case.head_dim
-    return tuple(jax.random.normal(jax.random.key(i), shape, case.dtype) for i in range(4))
+def arrays(case: Case, heads: int) -> tuple:
+    """What a step takes; in the order of its arguments, with a cotangent where it is learned."""
+    return CALLS[case.operation].draw(case.dtype, case.head_dim, case.length, heads)
 
 
 def row(case: Case, candidate: Candidate, source: dict) -> tables.Row:

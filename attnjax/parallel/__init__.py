@@ -18,12 +18,12 @@ from collections.abc import Callable
 import jax
 
 from attnjax.core import registry
-from attnjax.parallel import indices, layout, split
+from attnjax.parallel import indices, layout, losses, split
 
 
 def shard(
     strategy: str | None,
-    record: registry.Mechanism,
+    record: registry.Record,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     *,
     axis: str = "context",
@@ -35,8 +35,8 @@ def shard(
     is filled up within; a batch or heads that don't divide are kept whole in each device.
 
     Raises ValueError for a strategy that is none of the record's `strategies`, an option that it
-    hasn't, or an axis that the mesh lacks. The new function raises NotImplementedError for
-    arguments that the strategy can't honour, saying what would work.
+    hasn't, an axis that the mesh lacks, or a record that is no mechanism. The new function raises
+    NotImplementedError for arguments that the strategy can't honour, saying what would work.
     """
     local = _load(strategy, record)
     if axis not in mesh.shape:
@@ -53,11 +53,10 @@ def shard(
 
         def body(arrays, leaves):
             first = dict(batch=places.first("B"), head=places.first("N"))
-            here = call._replace(
-                arrays=arrays,
-                mask=tree.unflatten(leaves),
-                options=indices.shifted(call.options, **first),
-            )
+            options = indices.shifted(call.options, **first)
+            options = losses.shared(options, places.share("B", "N"))
+            mask = tree.unflatten(leaves)
+            here = call._replace(arrays=arrays, mask=mask, options=options)
             return local.run(record, here, places)
 
         specs = places.of_arrays(call), places.of_mask(call.mask)
@@ -74,6 +73,12 @@ def strategies(record: registry.Mechanism) -> tuple[str, ...]:
 
 def _load(text, record):
     name = record.fn.__name__
+    if not isinstance(record, registry.Mechanism):
+        raise ValueError(
+            f"{name} is no mechanism and names no strategy; where its heads don't know of each "
+            f"other, dataclasses.replace(registry.get('multi_head_attention'), fn={name}, "
+            "context=('all_to_all',)) does"
+        )
     if not record.context:
         known = registry.of_kind(registry.Mechanism).items()
         others = [name for name, record in known if record.context][:4]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnjax.parallel import indices, layout, split
+from attnjax.parallel import indices, layout, losses, split
 
 
 def _check(record, call, places):
@@ -21,7 +21,7 @@ def _check(record, call, places):
 def _run(record, call, places):
     heads = Heads.of(places, places.size)
     here, letters = heads.enter(call), call.letters["return"]
-    lengths = {letter: places.sizes[letter] for letter in ("T", "S") if letter in places.sizes}
+    lengths = {letter: places.sizes[letter] for letter in ("T", "S", "I") if letter in places.sizes}
     arrays = {name: _cut(x, call.letters[name], lengths) for name, x in here.arrays.items()}
     out = split.apply(record.fn, here._replace(arrays=arrays))
     o, *state = out if isinstance(out, tuple) else (out,)
@@ -71,6 +71,7 @@ class Heads(NamedTuple):
         by_head = lambda x: x.ndim > 2 and x.shape[1] > 1
         mask = jax.tree.map(lambda x: self._own(x, 1) if by_head(x) else x, call.mask)
         options = indices.shifted(call.options, head=self.first)
+        options = losses.shared(options, 1 / self.devices)
         return call._replace(arrays=arrays, mask=mask, options=options)
 
     def _enter(self, x, letters):
@@ -78,7 +79,7 @@ class Heads(NamedTuple):
             x = jnp.repeat(x, self.repeat, letters.index("K"))
         axes = list(enumerate(letters))
         heads = [i for i, a in axes if a == "N" or (a == "K" and x.shape[i] > 1)]
-        tokens = [i for i, a in axes if a in ("T", "S")]
+        tokens = [i for i, a in axes if a in ("T", "S", "I")]
         options = dict(tiled=True, axis_index_groups=self._groups)
         if heads and tokens:
             return lax.all_to_all(x, self.axis, heads[0], tokens[0], **options)

@@ -1,22 +1,22 @@
 r"""Blocks of keys in a ring: queries choose among all, and only what they chose is computed.
 
-    m_l = mean of block l, sent to all        each query and head chooses blocks by q . m_l
+    m_l = what stands for block l, its mean or a gate, is sent to all
+    each query and head chooses blocks by q . m_l, or by its own gate in the place of q
     keys and values travel around the devices, and each device attends to those blocks of a piece
     that its queries chose, by one online softmax over all pieces
 
-For a function that chooses so (`sparse.moba`). A device owns whole blocks: S / P keys, rounded up
-to them, so memory is O(T / P) but for the means. For each head and block, the queries that chose
-it are lined up in tiles (`ops.ragged_block_attention`); a piece that nobody chose costs nothing but
-its message. In the backward pass keys and values travel once more, their gradients with them, in
-float32. Source: Lu et al., "MoBA", arXiv:2502.13189, section 2.3; Liu et al., "Ring Attention with
-Blockwise Transformers", algorithm 1.
+For a function that chooses so (`parallel.block_choice`). A device owns whole blocks: S / P keys,
+rounded up to them, so memory is O(T / P) but for the m_l. For each head and block, the queries that
+chose it are lined up in tiles (`ops.ragged_block_attention`); a piece that nobody chose costs
+nothing but its message. In the backward pass keys and values travel once more, their gradients with
+them, in float32. Source: Lu et al., "MoBA", arXiv:2502.13189, section 2.3; Liu et al., "Ring
+Attention with Blockwise Transformers", algorithm 1.
 
 Letters: U heads of all examples, Y key heads of all examples, L blocks, C keys of a block, A blocks
 of a query, X queries of a tile.
 """
 
 import functools
-import inspect
 from typing import NamedTuple
 
 import jax
@@ -24,19 +24,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnjax.core import masks
-from attnjax.ops import best_blocks, block_selection, blocked_arguments
+from attnjax.ops import blocked_arguments
 from attnjax.ops import ragged_block_attention as ragged
-from attnjax.parallel import split, travel
+from attnjax.parallel import block_choice, split, travel
 
-_HONOURED = ("q", "k", "v", "mask", "block", "topk")
+_HONOURED = ("q", "k", "v", "gate_q", "gate_k", "mask", "block", "topk")
 
 
 def _check(record, call, places):
-    name = record.fn.__name__
-    if not {"block", "topk", "means"} <= set(inspect.signature(record.fn).parameters):
+    if not block_choice.is_of(record.fn):
+        name = record.fn.__name__
         raise NotImplementedError(f"block_ring can't tell which blocks {name} chooses")
-    if call.options.get("implementation") is not None:
-        raise NotImplementedError("block_ring can't honour implementation, gather can")
+    for option in ("implementation", "distill"):
+        if call.options.get(option):
+            raise NotImplementedError(f"block_ring can't honour {option}, gather can")
+    split.each_query_chooses(call, by="block_ring")
     split.only(record, call, _HONOURED, by="block_ring")
     masks.select(call.mask, masks.Causal, masks.Valid, by="block_ring")
     block, topk = call.options["block"], call.options["topk"]
@@ -56,38 +58,15 @@ def _block(call, S):
 def _run(record, call, places):
     q, k, v = (call.arrays[name] for name in "qkv")
     block = _block(call, places.sizes["S"])
-    seen = block_selection.by_block(_seen(call.mask, len(q), places), block)
-    pieces = _Pieces(travel.Ring(places.axis), block)
-    here = lax.dynamic_slice_in_dim(seen, pieces.first(0, k), k.shape[1] // block, 1)
-    means = block_selection.means(k, block, here.reshape(*k.shape[:2]))
-    means = lax.all_gather(means, places.axis, axis=1, tiled=True)
-    t = places.first("T") + jnp.arange(q.shape[1])
-    filled, own = seen.any(2), t // block
-    count = dict(count=call.options["topk"], own=True)
-    selected = best_blocks.best_blocks(q, means, filled, own, **count)
-    selected = _usable(selected, filled, own).swapaxes(1, 2).reshape(-1, *selected.shape[1::2])
+    seen, t, selected = block_choice.Choice.of(call, places, block)
+    selected = selected.swapaxes(1, 2).reshape(-1, *selected.shape[1::2])
     scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5
     heads_first = lambda x: jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[-1])
     arrays = heads_first(scaled), heads_first(k), heads_first(v)
     # gradients of arrays that are whole in some axes are summed where this casts
     arrays = blocked_arguments.varying(arrays, like=(arrays, selected, seen))
-    o = _attend(pieces, *arrays, selected, seen, t)
+    o = _attend(_Pieces(travel.Ring(places.axis), block), *arrays, selected, seen, t)
     return o.reshape(len(q), -1, *o.shape[1:]).swapaxes(1, 2).astype(v.dtype)
-
-
-def _seen(mask, B, places):
-    """Which keys of all there are and the mask leaves to any query: (B S)."""
-    _, valid = masks.select(mask, masks.Causal, masks.Valid, by="block_ring")
-    S, length = places.sizes["S"], places.length("S")
-    seen = functools.reduce(jnp.logical_and, (x.keys for x in valid), jnp.ones((B, S), bool))
-    return jnp.pad(seen, ((0, 0), (0, length - S)))
-
-
-def _usable(selected, filled, own):
-    """Blocks (B T N A), and L in the place of one that its query can't see."""
-    b, own = jnp.arange(len(selected))[:, None, None, None], own[None, :, None, None]
-    usable = (selected == own) | ((selected < own) & filled[b, selected])
-    return jnp.where(usable, selected, filled.shape[1])
 
 
 class _Pieces(NamedTuple):

@@ -13,7 +13,7 @@ import inspect
 import jax.numpy as jnp
 from jax import lax
 
-from attnjax.parallel import split, travel
+from attnjax.parallel import losses, split, travel
 
 
 def _check(record, call, places, *, order="contiguous"):
@@ -27,6 +27,7 @@ def _check(record, call, places, *, order="contiguous"):
         raise NotImplementedError(
             "gather can't honour positions, q_offset or return_lse, no strategy can"
         )
+    split.each_query_chooses(call, by="gather")
 
 
 def _multiple(size, call, *, order="contiguous"):
@@ -38,11 +39,17 @@ def _run(record, call, places, *, order="contiguous"):
     runs = 1 if order == "contiguous" else 2
     for name, x in call.arrays.items():
         arrays[name] = _whole(x, call.letters[name], places)
-    along = {n: call.letters[n].index("T") for n in arrays if "T" in call.letters[n]}
+    along = {
+        name: call.letters[name].index(letter)
+        for name in arrays
+        for letter in ("T", "I")
+        if letter in call.letters[name]
+    }
     rows = {n: jnp.split(ring.arrange(arrays[n], order, a), runs, a) for n, a in along.items()}
     piece = places.here("T")
     starts = travel.positions(order, ring.here, ring.size, piece)[:: piece // runs]
-    attend = functools.partial(record.fn, **call.options | dict(mask=call.mask))
+    options = losses.shared(call.options, piece / runs / places.sizes["T"])
+    attend = functools.partial(record.fn, **options | dict(mask=call.mask))
     some = lambda i: arrays | {name: x[i] for name, x in rows.items()}
     o = [attend(**some(i) | dict(q_offset=starts[i])) for i in range(runs)]
     return ring.restore(jnp.concatenate(o, 1), order, 1)

@@ -1,9 +1,9 @@
 """How the arguments of a call lie on a mesh.
 
-B lies over data and fsdp, T, S and X over the context axis, N and K over tensor; all other axes are
-whole in each device, and so is S beside T: of a bias (B N T S) a device has the rows of its own
+B lies over data and fsdp, T, S, X and I over the context axis, N and K over tensor; all other axes
+are whole in each device, and so is S beside T: of a bias (B N T S) a device has the rows of its own
 queries. Masks are split by batch (and by head, where they have one): positions stay global. A
-strategy may say that other letters than T, S and X lie over the context axis.
+strategy may say that other letters than those lie over the context axis.
 """
 
 import math
@@ -69,6 +69,10 @@ class Places:
         """The number of the first entry of an axis that is in this device."""
         axes = self._axes.get(letter)
         return lax.axis_index(axes) * self.here(letter) if axes and letter in self.sizes else 0
+
+    def share(self, *letters: str) -> float:
+        """How much of all entries along some axes is in each device."""
+        return 1 / math.prod(map(self._extent, letters))
 
     def _extent(self, letter):
         axes = self._axes.get(letter, ())

@@ -86,8 +86,8 @@ class Table(NamedTuple):
 @functools.cache
 def tables() -> tuple[Table, ...]:
     """All tables."""
-    sequences = _softmax(), _heads(), _recurrence(), _delta_rule(), _blocks(), _latents()
-    return *sequences, _neighborhoods(), _swin()
+    sequences = _softmax(), _heads(), _recurrence(), _delta_rule(), _blocks(), _gates(), _latents()
+    return *sequences, _neighborhoods(), _swin(), _cells()
 
 
 def _normal(*shape, seed=0):
@@ -207,6 +207,24 @@ def _blocks():
     return Table("Chosen blocks of keys", record, ("block_ring",), ordinary, rows)
 
 
+def _gates():
+    padding = masks.Valid(jnp.arange(11)[None] < jnp.array([[11], [8]]))
+
+    def ordinary(query_block=1):
+        gates = _normal(2, -(-11 // query_block), 8, 5, seed=4), _normal(2, 6, 2, 5, seed=5)
+        sizes = dict(block=2, query_block=query_block, topk=3)
+        return _qkv(T=11, S=11) | dict(gate_q=gates[0], gate_k=gates[1]) | sizes
+
+    rows = {
+        "padding, and a length that doesn't divide": dict(mask=padding),
+        "the gate's own loss": dict(distill=0.5),
+        "queries that share a choice": dict(query_block=2),
+    }
+    strategies = ("gather(order='zigzag')", "all_to_all", "block_ring")
+    record = registry.get("seerattention")
+    return Table("Blocks of keys that a gate chose", record, strategies, ordinary, rows)
+
+
 def _latents():
     record = registry.get("tpla")
     latent = lambda J: dict(latent=_normal(2, 13, J, 5), up=_normal(J, 5, 4, 14) / 4)
@@ -233,6 +251,12 @@ def _swin():
     grid = lambda: _alike(1, 13, 5, 2, 4) | dict(bias=_normal(1, 2, 9, 9), window=3)
     rows = {f"{shift=}": dict(shift=shift) for shift in (0, 1)}
     return Table("Windows that shift", registry.get("swin"), ("halo",), grid, rows)
+
+
+def _cells():
+    ordinary = lambda: _alike(2, 5, 3, 2, 8, 4) | dict(cell=(2, 2, 1), tau=0.3)
+    rows = {"a length that doesn't divide": {}}
+    return Table("Cells of a video", registry.get("vmoba"), ("all_to_all",), ordinary, rows)
 
 
 def page() -> str:

@@ -1,12 +1,11 @@
 r"""Ring attention: keys and values travel around the devices, and partial softmaxes are merged.
 
     lse = log(sum_i exp(lse_i)),      o = sum_i w_i o_i,      w_i = exp(lse_i - lse)
-    do_i = w_i do,                    dlse_i = w_i (do . (o_i - o) + dlse)
 
 over the pieces i of the keys. Source: Liu et al., "Ring Attention with Blockwise Transformers",
 algorithm 1. Memory is O(T / P) on each of P devices: in the backward pass keys and values travel
-once more, their gradients behind them, and the outputs of the pieces are computed again. Every
-message leaves while a piece is computed.
+once more, their gradients behind them, and each score's weight is exp(score - lse), so that no
+output is computed again (`ops.part_of_attention`). Every message leaves while a piece is computed.
 
 Options: `order` says which tokens a device holds (`parallel.travel`): they are sent there before
 and the outputs back after. `gradients` is the dtype in which gradients of keys and values travel;
@@ -28,6 +27,7 @@ from attnjax.parallel import layout, split, travel
 
 HONOURED = ("q", "k", "v", "mask", "bias", "scale", "softcap", "sinks", "dropout", "score_mod")
 HONOURED += ("implementation",)
+_OF_PIECES = "scale", "softcap", "implementation"  # what is said to each of them as it stands
 
 
 def _check(record, call, places, *, order="contiguous", gradients="float32"):
@@ -63,16 +63,17 @@ def attention(
     if k.shape[1] * ring.size > S:  # keys that only fill up the last pieces
         real = masks.Prefix(S)
         mask = real if mask is None else mask & real
-    options = {name: x for name, x in call.options.items() if name in HONOURED}
-    score_mod = _within(options.pop("score_mod", None), places)
+    score_mod = _within(call.options.get("score_mod"), places)
     score_mod, captured, constants = blocked_arguments.open_closure(score_mod)
-    leaves, tree = jax.tree.flatten((mask, options.pop("dropout", None), constants))
+    leaves, tree = jax.tree.flatten((mask, call.options.get("dropout"), constants))
+    options = {name: call.options[name] for name in _OF_PIECES if name in call.options}
     attend = functools.partial(ops.dot_product_attention, return_lse=True, **options)
+    attend_to_part = functools.partial(ops.part_of_attention, **options)
     steps = travel.needed(mask, order, ring.size, q.shape[1], k.shape[1])
     learned = (q, k, v, bias, captured)
     # gradients of arrays that are whole in some axes are summed where this casts
     learned = blocked_arguments.varying(learned, like=(learned, leaves))
-    pieces = _Pieces(ring, order, attend, score_mod, tree, steps, gradients)
+    pieces = _Pieces(ring, order, attend, attend_to_part, score_mod, tree, steps, gradients)
     o, lse = _attend(pieces, *learned, leaves)
     if "sinks" in call.arrays:
         with_sink = jnp.logaddexp(lse, call.arrays["sinks"].astype(jnp.float32)[None, None])
@@ -94,6 +95,7 @@ class _Pieces(NamedTuple):
     ring: travel.Ring
     order: travel.Order
     attend: Callable  # (q, k, v, *, mask, bias, dropout, score_mod, positions) -> (o, lse)
+    attend_to_part: Callable  # the same of `whole`, which it also takes
     score_mod: Callable | None  # takes captured and constants before its five scalars
     tree: jax.tree_util.PyTreeDef  # of the mask, dropout and constants
     steps: tuple[int, ...]
@@ -104,14 +106,14 @@ class _Pieces(NamedTuple):
         source = (self.ring.here - i) % self.ring.size
         return travel.positions(self.order, source, self.ring.size, k.shape[1])
 
-    def piece(self, i, leaves, q, k, v, bias, captured):
-        """(o, lse) of the queries here over those keys; `bias` is cut to them."""
+    def piece(self, attend, i, leaves, q, k, v, bias, captured):
+        """(o, lse) of the queries here over those keys by `attend`; `bias` is cut to them."""
         t = travel.positions(self.order, self.ring.here, self.ring.size, q.shape[1])
         mask, dropout, constants = self.tree.unflatten(leaves)
         options = dict(mask=mask, bias=bias, dropout=dropout, positions=(t, self.keys(i, k)))
         if self.score_mod is not None:
             options["score_mod"] = functools.partial(self.score_mod, captured, constants)
-        return self.attend(q, k, v, **options)
+        return attend(q, k, v, **options)
 
     def send(self, grads, by):
         """Gradients of keys and values of the device `by` places before."""
@@ -144,7 +146,7 @@ def _attend(pieces, q, k, v, bias, captured, leaves):
     def visit(i, _, carry, kv):
         o, lse = carry
         cut = _columns(bias, pieces.keys(i, kv[0]))
-        part, part_lse = pieces.piece(i, leaves, q, *kv, cut, captured)
+        part, part_lse = pieces.piece(pieces.attend, i, leaves, q, *kv, cut, captured)
         total = jnp.logaddexp(lse, part_lse)
         keep, add = _share(lse, total), _share(part_lse, total)
         return o * keep + part * add, total
@@ -172,18 +174,15 @@ def _forward(pieces, *args):
 
 def _backward(pieces, residuals, cotangents):
     *learned, leaves, o, lse = residuals
-    (q, k, v, bias, captured), (do, dlse) = learned, cotangents
-    do = do.astype(jnp.float32)
-    delta = jnp.sum(do * o, -1) - dlse
+    q, k, v, bias, captured = learned
+    attend = functools.partial(pieces.attend_to_part, whole=(o, lse))
 
     def visit(i, since, carry, kv):
         dq, dbias, dcaptured, dkv = carry
         s = pieces.keys(i, kv[0])
-        piece = functools.partial(pieces.piece, i, leaves)
-        (part, part_lse), pull = jax.vjp(piece, q, *kv, _columns(bias, s), captured)
-        share = _share(part_lse, lse)
-        dpart_lse = share[..., 0] * (jnp.sum(do * part, -1) - delta)
-        *grads, dcut, dmore = pull(((share * do).astype(part.dtype), dpart_lse))
+        piece = functools.partial(pieces.piece, attend, i, leaves)
+        _, pull = jax.vjp(piece, q, *kv, _columns(bias, s), captured)
+        *grads, dcut, dmore = pull(cotangents)
         arrived = pieces.send(dkv, since)  # beside the computation: it needs nothing of it
         dq, *dkv = jax.tree.map(jnp.add, (dq, *arrived), tuple(grads))
         dcaptured = jax.tree.map(jnp.add, dcaptured, dmore)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from attnjax.core import masks, registry
 
 COLUMNS = "columns"  # S where it stands beside T
-TOKENS = ("T", "S", "X")  # letters of sequences and of the first axis of a grid
+# letters of sequences, of the first axis of a grid and of runs of queries that choose as one
+TOKENS = ("T", "S", "X", "I")
 HEADS = ("N", "K")
 
 
@@ -63,6 +64,18 @@ def only(record: registry.Mechanism, call: Call, honoured: tuple[str, ...], *, b
             raise NotImplementedError(f"{by} can't honour {name}, no strategy can")
 
 
+def each_query_chooses(call: Call, *, by: str) -> None:
+    """NotImplementedError where queries that choose as one may lie in several devices.
+
+    ValueError where there isn't a choice (letter I) for each query.
+    """
+    if call.options.get("query_block", 1) > 1:
+        raise NotImplementedError(f"{by} can't honour query_block, all_to_all can")
+    found = sizes(call.letters, call.arrays)
+    if found.get("I", found["T"]) != found["T"]:
+        raise ValueError(f"I={found['I']} choices must be as many as the T={found['T']} queries")
+
+
 def heads(record: registry.Mechanism, call: Call, N: int, devices: int, *, by: str):
     """NotImplementedError where N heads can't lie over devices, or an output isn't by heads."""
     if N % devices:
@@ -73,6 +86,8 @@ def heads(record: registry.Mechanism, call: Call, N: int, devices: int, *, by: s
         raise NotImplementedError(f"{by} can't honour return_lse, no strategy can")
     if call.options.get("return_state", False) and "N" not in call.letters["initial_state"]:
         raise NotImplementedError(f"{by} can't honour return_state without heads")
+    if call.options.get("initial_state") is not None:  # no array, so nothing says what its axes are
+        raise NotImplementedError(f"{by} can't honour an initial_state of several arrays")
 
 
 def apply(fn: Callable, call: Call):

@@ -191,6 +191,8 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

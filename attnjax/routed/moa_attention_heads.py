@@ -136,6 +136,8 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.LINEAR_MEMORY,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

@@ -17,7 +17,7 @@ divided by the deviation among them (`query_norms`), and the weights are rounded
 gradient of what was rounded (`weights="rounded"`). Then attention with all heads is as it was.
 
 Shapes: B batch, T queries, S keys, N = M + E heads, M shared, E routed, A = topk of them chosen,
-K kv-heads, H head dim, V value dim, D model dim.
+kv heads of keys, H head dim, V value dim, D model dim.
 Unlike the paper: the factors M, A and 2, which make uniform weights 1, and the division by the
 sum stand in the authors' code alone; as there, topk=1 leaves W_r to the loss to learn. That it
 does better than attention in all heads the paper shows by training at scale; nothing here does.
@@ -39,9 +39,9 @@ Weights = Literal["soft", "rounded"]
 
 
 def moh(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K V"],
+    q: Float[Array, "B T heads H"],  # not N: a choice is among all, so no device can have a part
+    k: Float[Array, "B S kv H"],
+    v: Float[Array, "B S kv V"],
     routed: Float[Array, "B T E"],
     shared: Float[Array, "B T M"],
     balance: Float[Array, "B T 2"],
@@ -50,7 +50,7 @@ def moh(
     weights: Weights = "soft",
     mask: masks.Mask | None = None,
     q_offset: int | Int[Array, ""] = 0,
-) -> Float[Array, "B T N V"]:
+) -> Float[Array, "B T heads V"]:
     """g_n head_n, zero for heads that are not chosen, in v's dtype.
 
     Args:
@@ -188,6 +188,8 @@ SPEC = registry.Mechanism(
             Claim.STREAMABLE,
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather",),
 )

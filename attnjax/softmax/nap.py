@@ -166,6 +166,8 @@ SPEC = registry.Mechanism(
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
             Claim.DENSE_TWIN,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("all_to_all",),
 )

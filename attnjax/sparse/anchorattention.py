@@ -177,5 +177,8 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=(dict(block=4, step=3, theta=0.3), dict(block=8, step=2, theta=-0.3), {}),
-    claims=frozenset({Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE}),
+    claims=frozenset(
+        {Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE, Claim.CONTEXT_PARALLEL}
+    ),
+    context=("all_to_all",),
 )

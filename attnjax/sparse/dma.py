@@ -225,6 +225,8 @@ SPEC = registry.Mechanism(
             Claim.LINEAR_MEMORY,
             Claim.LINEAR_COMPUTE,
             Claim.FORWARD_MODE,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("all_to_all",),
 )

@@ -213,5 +213,6 @@ SPEC = registry.Mechanism(
         dict(block=5, gamma=0.4, tau=1.0, least=2),
         dict(block=8, gamma=0.7, tau=0.3),
     ),
-    claims=frozenset({Claim.DENSE_TWIN, Claim.FUSED, Claim.FORWARD_MODE}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.FUSED, Claim.FORWARD_MODE, Claim.CONTEXT_PARALLEL}),
+    context=("all_to_all",),
 )

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from attnjax.core import attention, masks, registry
 from attnjax.core.registry import Claim
+from attnjax.ops import blocked_arguments
 
 
 def hip_attention(
@@ -93,6 +94,7 @@ def search(
     A = min(budget // block_k, L)
     before = jnp.maximum(t[-1] // block_k + 1, A)
     edges = jnp.broadcast_to(jnp.arange(A + 1) * before // A, (B, N, A + 1))
+    edges = blocked_arguments.varying(edges, like=(q, k, t))
 
     def halve(_, chunks):
         low, high = chunks
@@ -199,5 +201,6 @@ SPEC = registry.Mechanism(
         dict(budget=20, block_q=8, block_k=2),
         dict(budget=24, block_q=16, block_k=1),
     ),
-    claims=frozenset({Claim.DENSE_TWIN, Claim.LINEAR_MEMORY}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.CONTEXT_PARALLEL}),
+    context=("all_to_all",),
 )

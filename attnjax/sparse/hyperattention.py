@@ -230,5 +230,8 @@ SPEC = registry.Mechanism(
         dict(block=16),
         dict(block=10, min_length=20, mask=masks.Causal()),
     ),
-    claims=frozenset({Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE}),
+    claims=frozenset(
+        {Claim.DENSE_TWIN, Claim.LINEAR_MEMORY, Claim.FORWARD_MODE, Claim.CONTEXT_PARALLEL}
+    ),
+    context=("all_to_all",),
 )

@@ -15,6 +15,14 @@ Attention costs `window` keys a query, the choice one product for each chunk; me
 It needs no training: set it as `fn` of a MultiHeadAttention that doesn't rotate by itself
 (rotary_base=None), with the base here. window >= T is rotary attention.
 
+What stands for a chunk depends on its queries, but no head knows of another: over devices it runs
+by `all_to_all` or `tensor`, as the function of a record of softmax attention:
+
+    attend = dataclasses.replace(
+        registry.get("multi_head_attention"), fn=longheads, context=("all_to_all",)
+    )
+    module.clone(fn=functools.partial(parallel.shard(None, attend, mesh), window=..., chunk=...))
+
 Shapes: B batch, T queries, S keys, N heads, K kv-heads, G = N/K, H head dim, V value dim, C tokens
 of a chunk, L chunks, A chunks that are read.
 """

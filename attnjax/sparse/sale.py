@@ -34,6 +34,8 @@ from attnjax.core.registry import Claim
 from attnjax.ops import block_selection as blocks
 from attnjax.ops import dot_product_attention as ops
 
+Threshold = float | tuple[float, ...] | Float[Array, "N"]
+
 _LARGEST = 7  # of 4 bits with a sign
 
 
@@ -43,7 +45,7 @@ def sale(
     v: Float[Array, "B S K V"],
     *,
     mask: masks.Mask | None = None,
-    threshold: float | tuple[float, ...] = 0.004,
+    threshold: Threshold = 0.004,
     block_q: int = 64,
     block_k: int = 32,
     local: int = 128,
@@ -53,7 +55,7 @@ def sale(
 
     Args:
       mask: honours Causal, which holds anyway; NotImplementedError for others.
-      threshold: one for all heads, or one for each.
+      threshold: one for all heads, or one for each; as an array it can be split with them.
       local: keys before the first query of a block whose blocks are always computed.
       q_offset: other than the int 0, the queries follow a cache and attention is full.
 
@@ -74,13 +76,14 @@ def select(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     *,
-    threshold: float | tuple[float, ...] = 0.004,
+    threshold: Threshold = 0.004,
     block_q: int = 64,
     block_k: int = 32,
     local: int = 128,
 ) -> Bool[Array, "B N tq tk"]:
     """The pairs of blocks that are computed. Has no gradient."""
-    if not (np.all(np.asarray(threshold) >= 0) and min(block_q, block_k) >= 1 and local >= 0):
+    known = 0 if isinstance(threshold, jax.core.Tracer) else np.asarray(threshold)
+    if not (np.all(known >= 0) and min(block_q, block_k) >= 1 and local >= 0):
         raise ValueError(
             f"{threshold=} and {local=} must be at least 0, {block_q=} and {block_k=} at least 1"
         )
@@ -198,5 +201,6 @@ SPEC = registry.Mechanism(
         dict(block_q=4, block_k=2, local=4, threshold=0.3),
         dict(block_q=8, block_k=4, local=0, threshold=(0.0, 0.2, 0.4, 9.0)),
     ),
-    claims=frozenset({Claim.DENSE_TWIN, Claim.FORWARD_MODE}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.FORWARD_MODE, Claim.CONTEXT_PARALLEL}),
+    context=("all_to_all",),
 )

@@ -112,12 +112,14 @@ def distillation_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy of g against m, a mean over blocks of queries. q and k are constants to it.
 
-    A query block that sees nothing counts 0. O(T S) memory, as m needs the weights of all keys.
+    A query block that sees nothing counts 0, and so does one after the last key. O(T S) memory, as
+    m needs the weights of all keys.
     """
     _check_gates(q, k, gate_q, gate_k, block, query_block)
     (T, N), (S, K) = q.shape[1:3], k.shape[1:3]
     q, k = jax.lax.stop_gradient((q, k))
     seen = masks.dense(masks.Causal(), T, S, q_offset=q_offset) & _seen(mask, k)[:, None, None]
+    seen &= (q_offset + jnp.arange(T) < S)[None, None, :, None]  # else it only fills up
     score = lambda q, k: jnp.einsum(
         "BTNH,BSNH->BNTS", q, jnp.repeat(k, N // K, 2), preferred_element_type=jnp.float32
     )
@@ -296,6 +298,8 @@ SPEC = registry.Mechanism(
             Claim.DENSE_TWIN,
             Claim.LINEAR_MEMORY,
             Claim.FUSED,
+            Claim.CONTEXT_PARALLEL,
         }
     ),
+    context=("gather", "all_to_all", "block_ring"),
 )

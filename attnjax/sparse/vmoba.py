@@ -127,8 +127,8 @@ class Vmoba(nn.Module):
 
 
 def _example(key: jax.Array, T: int) -> dict[str, jax.Array]:
-    q, k, v = jax.random.normal(key, (3, 2, T, 2, 1, 2, 4))
-    return dict(q=q, k=k[..., :1, :], v=v[..., :1, :])
+    q, k, v = jax.random.normal(key, (3, 2, T, 2, 1, 4, 4))
+    return dict(q=q, k=k[..., :2, :], v=v[..., :2, :])
 
 
 def _oracle(q, k, v, *, cell=(4, 4, 4), tau=0.25):
@@ -163,5 +163,6 @@ SPEC = registry.Mechanism(
     example=_example,
     oracle=_oracle,
     variants=({}, dict(cell=(4, None, None)), dict(cell=(None, 1, 1), tau=0.6)),
-    claims=frozenset({Claim.DENSE_TWIN}),
+    claims=frozenset({Claim.DENSE_TWIN, Claim.CONTEXT_PARALLEL}),
+    context=("all_to_all",),  # a choice is among all pairs of a head
 )

@@ -4,9 +4,10 @@
     attnjax benchmark tune --head-dims 128 --dtypes bfloat16 --out table.json
 
 Each candidate computes gradients, of attention with a causal mask and without, of recurrences with
-decays by head and by channel, and they take turns; what counts is the geometric mean of the
-medians. Of candidates that are the same program, which short sequences make of large tiles, only
-the first is timed. A row says how busy the machine was.
+decays by head and by channel, and so on (`ops.tuning_calls`), or of decoding one step. They take
+turns; what counts is the geometric mean of the medians. Of candidates that are the same program,
+which short sequences make of large tiles, only the first is timed. A row says how busy the machine
+was.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Config:
     dtypes: tuple[str, ...] = ()
     """Where none is given, float32 on a CPU and bfloat16 elsewhere."""
     heads: int = 8
-    """Heads of queries, keys and values."""
+    """Heads of queries, keys and values; a quarter as many of keys and values in decoding."""
     runs: int = 5
     """Runs of each at least, after one that is not counted."""
     seconds: float = 0.5
@@ -97,6 +98,8 @@ def times(case: tuning.Case, config: Config) -> tuple[dict, dict]:
     """({candidate: seconds of a step}, {candidate: why it has none}); see `distinct`."""
     arrays = tuning.arrays(case, config.heads)
     found, refused = distinct(case, arrays)
+    if len(found) < 2:  # nothing to choose from
+        return {}, refused
     medians = {candidate: [] for candidate in found}
     limits = dict(runs=config.runs, seconds=config.seconds, at_once=_AT_ONCE)
     for name in next(iter(found.values()), ()):

@@ -9,9 +9,9 @@ or several, of A blocks; and queries that choose for themselves are lined up by 
 tile has one block and a query lies in A tiles, whose outputs are merged by their lse. Either way a
 kernel is given tiles of queries and for each its blocks, and walks over these pairs alone.
 
-`rows` lays queries into tiles and merges, `walk` says which pair comes when, `tile` is the maths of
-one, `mosaic_tpu` are the kernels for TPU, `vjp` ties them together; `mosaic_gpu` is the form for
-Hopper. Source: Lu et al., "MoBA",
+`plan` chooses the sizes of tiles, `rows` lays queries into them and merges, `walk` says which pair
+comes when, `tile` is the maths of one, `mosaic_tpu` are the kernels for TPU, `vjp` ties them
+together; `mosaic_gpu` is the form for Hopper. Source: Lu et al., "MoBA",
 arXiv:2502.13189, section 2.3 (lining up); Dao, "FlashAttention-2".
 
 Unlike there: the query heads of a key head are lined up together, and a tile belongs to no head.
@@ -25,14 +25,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.block_sparse import mosaic_tpu, rows, vjp, walk
+from pallas_kernels.block_sparse.plan import NAME, plan_of  # noqa: F401
 from pallas_kernels.block_sparse.tile import Options
 
 Implementation = Literal["xla", "pallas", "interpret"]
-
-_MOST = 512  # queries and keys of a tile
-_LEAST = 64  # queries of a run that is worth a tile of its own
-_VMEM = 14 * 2**20  # bytes, of the 16 MiB that a kernel has unless it asks for more
-_LANES = 128
 
 
 class Mask(NamedTuple):
@@ -89,7 +85,7 @@ def block_sparse_attention(
       interpret: run on any platform, slowly; True, or `pltpu.InterpretParams`.
 
     q, k and v have gradients, of reverse mode. k has q's dtype. Raises NotImplementedError where
-    `fits` says no.
+    the plan doesn't fit, and ValueError for tiles of a table that there can't be (`plan_of`).
     """
     plan = plan_of(q, k, v, selected, block=block, query_block=query_block)
     if not plan.fits:
@@ -104,45 +100,3 @@ def block_sparse_attention(
     options = Options(q.shape[-1] ** -0.5, visible, k.shape[1], block, plan.parts)
     static = vjp.Static(mosaic_tpu, options, plan.query_block, plan.size, interpret)
     return vjp.attend(static, vjp.Learned(q, k, v), given)
-
-
-class Plan(NamedTuple):
-    """How queries and blocks are cut."""
-
-    query_block: int  # 1 where queries are lined up by block
-    size: int  # X, queries of a tile
-    parts: int  # tiles of keys that a block is cut into
-    pairs: int  # of a tile and a block, for each example and key head, at most
-    keys: int  # that tell all choices of all blocks apart, by which they are sorted
-
-    @property
-    def fits(self) -> bool:
-        """Whether scalar memory has room for the pairs, and integers for the keys."""
-        return self.pairs <= walk.MOST_PAIRS and self.keys <= rows.MOST_KEYS
-
-
-def plan_of(q, k, v, selected, *, block: int, query_block: int = 1) -> Plan:
-    """The tiles to take.
-
-    Lined up, a block has tiles of half the queries that select it on average: fewer would be more
-    steps, and more would leave more of the last tile empty.
-    """
-    (T, N), (S, K), A, most = q.shape[1:3], k.shape[1:3], selected.shape[-1], _most(q, v)
-    parts, L, R = -(-block // most), -(-S // block), T * N // K
-    run = max(size for size in range(1, most + 1) if query_block % size == 0)
-    if run >= _LEAST:
-        pairs = N // K * -(-T // run) * A
-        return Plan(query_block, run, parts, pairs, pairs * L)
-    size = R * A // (2 * L)
-    size = min(most, max(8, size - size % (_LANES if size > _LANES else 8)))
-    return Plan(1, size, parts, rows.most_tiles(R * A, L, size), R * A * L)
-
-
-def _most(q, v):
-    """Queries and keys of a tile at most: as many as fast memory has room for.
-
-    Four tiles of scores are held at once, each block twice (one is on its way), sums in float32.
-    """
-    width = sum(-(-x.shape[-1] // _LANES) * _LANES for x in (q, v))
-    need = lambda size: 4 * 4 * size**2 + 4 * 7 * size * width
-    return next(size for size in (_MOST, 256, 128, 64, 32, 16, 8) if need(size) <= _VMEM)

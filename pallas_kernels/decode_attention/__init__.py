@@ -10,6 +10,11 @@ at once and within each one after the other. Source: Kwon et al., "Efficient Mem
 Large Language Model Serving with PagedAttention", arXiv:2309.06180; Dao et al., "Flash-Decoding for
 long-context inference", for the splits.
 
+The table of a device (`pallas_kernels.tables`) says what is taken at once: `keys` of a step, and
+with "xla" the `rows` of queries, on a GPU the `blocks` of threads. Splits follow from these and the
+sequences there are, as a row is for any number of them; on a TPU there are as many as cores that
+share a grid.
+
 `part` is the maths of one part, `xla`, `mosaic_tpu` and `mosaic_gpu` (Hopper) drive it.
 
 Letters: B sequences, T queries, N query heads, K key heads, H key dim, V value dim, P pages of C
@@ -25,7 +30,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import placing
-from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, part, xla
+from pallas_kernels.decode_attention import (
+    arguments,
+    device_table,
+    mosaic_gpu,
+    mosaic_tpu,
+    part,
+    xla,
+)
 
 Implementation = Literal["xla", "pallas", "interpret"]
 
@@ -59,16 +71,19 @@ def decode_attention(
       window: how many keys before its own position a query sees; pages before it cost nothing.
       splits: parts of each sequence that are computed at the same time; None chooses by sizes.
       implementation: "xla", "pallas", a kernel for TPU or Hopper GPUs, or "interpret", which runs
-        the one for TPU on any platform, slowly. None is the kernel where the call is lowered for
-        TPU and runs whole on each device (`placing`), if its memory suffices, and XLA elsewhere.
+        the one for TPU on any platform, slowly. None is what the table of the device says, or
+        without a row the kernel where the call is lowered for TPU; if it runs whole on each device
+        (`placing`) and memory suffices. XLA elsewhere.
 
     A query that sees no key gives zeros, with lse -inf unless there is a sink. No gradient.
-    Raises ValueError for arguments that don't fit, NotImplementedError where a kernel is asked for
-    and lowered that hasn't the memory, or on a GPU other dtypes than bfloat16 and float16, pages of
-    other than 8 n tokens and heads of other than 16 n features.
+    Raises ValueError for arguments and rows of the table that don't fit, NotImplementedError where
+    a kernel is asked for and lowered that hasn't the memory, or on a GPU other dtypes than bfloat16
+    and float16, pages of other than 8 n tokens and heads of other than 16 n features.
     """
-    _check(q, k, v, table, lengths, q_offset, sinks)
-    _check_options(k, v, value_dim, window, splits, implementation)
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
+    arguments.check(q, k, v, table, lengths, q_offset, sinks)
+    arguments.check_options(k, v, value_dim, window, splits)
     (B, T, N, H), K = q.shape, k.shape[1]
     options = part.Options(scale, softcap, window, T, N // K)
     lengths = jnp.clip(lengths, 0, table.shape[1] * k.shape[2])
@@ -93,8 +108,10 @@ def _attend_with(implementation, arrays, options, **sizes):
         functools.partial(form.attend, options, **sizes) for form in (xla, mosaic_tpu, mosaic_gpu)
     )
     fits = mosaic_tpu.pages_of(*arrays[:4], V=sizes["V"]) > 0
+    _, k, _, table, *_ = arrays
+    row = device_table.find(k, table, sizes["V"])
     return lambda *arrays: placing.run(
-        arrays, implementation, xla=xla_, tpu=tpu, gpu=gpu, fits=fits
+        arrays, implementation, xla=xla_, tpu=tpu, gpu=gpu, fits=fits, row=row
     )
 
 
@@ -106,43 +123,3 @@ def _run(attend, *arrays):
 @_run.defjvp
 def _no_derivative(*_):
     raise NotImplementedError("decode_attention has no derivative; dot_product_attention has")
-
-
-def _check(q, k, v, table, lengths, q_offset, sinks):
-    (B, T, N, H), (P, K, C, _) = q.shape, k.shape
-    if k.shape[3] != H or (v is not None and v.shape[:3] != k.shape[:3]):
-        of_v = "none" if v is None else v.shape
-        raise ValueError(f"shapes don't fit: q {q.shape}, pages of k {k.shape}, of v {of_v}")
-    if N % K:
-        raise ValueError(f"{N} query heads must be a multiple of {K} key heads")
-    if q.dtype != k.dtype:
-        raise ValueError(f"queries of {q.dtype} must have the dtype of the keys, {k.dtype}")
-    if T == 0 or P == 0 or C == 0 or table.ndim != 2 or table.size == 0:
-        raise ValueError(f"nothing may be empty: q {q.shape}, k {k.shape}, table {table.shape}")
-    for name, x, shape in (
-        ("table", table, (B, table.shape[1])),
-        ("lengths", lengths, (B,)),
-        ("q_offset", q_offset, (B,)),
-        ("sinks", sinks, (N,)),
-    ):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} of shape {x.shape} must have shape {shape}")
-    for name, x in (("table", table), ("lengths", lengths), ("q_offset", q_offset)):
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} of {x.dtype} must be integers")
-    room = table.shape[1] * C
-    if isinstance(lengths, np.ndarray) and not (0 <= lengths.min() <= lengths.max() <= room):
-        raise ValueError(f"{lengths=} must be from 0 to {room}, which the table has room for")
-
-
-def _check_options(k, v, value_dim, window, splits, implementation):
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(f"{implementation=} must be one of {get_args(Implementation)}")
-    if (v is None) != (value_dim is not None):
-        raise ValueError(f"{value_dim=} must be given without v, and only then")
-    if value_dim is not None and not 0 < value_dim <= k.shape[3]:
-        raise ValueError(f"{value_dim=} must be from 1 to the {k.shape[3]} features of a key")
-    if window is not None and window < 0:
-        raise ValueError(f"{window=} must not be negative")
-    if splits is not None and splits < 1:
-        raise ValueError(f"{splits=} must be at least 1")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.decode_attention import device_table
 from pallas_kernels.decode_attention import part as maths
 from pallas_kernels.decode_attention import steps as schedule
 
@@ -27,7 +28,9 @@ _TWO_CORES = ("TPU v4", "TPU v5")  # that share a grid
 def pages_of(q, k, v, table, *, V: int) -> int:
     """How many pages a step takes; 0 where one is too large, or scalar memory too small.
 
-    q is (B K R H).
+    They have `keys` of the table of the device at most, or else 1024: one page at least, and as
+    many as fast memory has room for. Where scalar memory can't hold so many steps as the table
+    makes, they have 1024 too. q is (B K R H).
     """
     (_, K, R, _), (*_, C, H), (B, L) = q.shape, k.shape, table.shape
     lanes = lambda size: -(-size // 128) * 128
@@ -37,8 +40,10 @@ def pages_of(q, k, v, table, *, V: int) -> int:
     width = lanes(H) + (0 if v is None else lanes(V))
     page, scores = 2 * K * C * width * k.dtype.itemsize, 3 * 4 * rows * C
     most = min(_PAGES_BYTES // page, _SCORES_BYTES // scores, _MOST_PAGES, L)
-    pages = min(most, max(1, _KEYS // C))
-    return pages if pages and schedule.words(B, L, pages) <= _MOST_WORDS else 0
+    keys = device_table.tiles(k, table, V, dict(keys=_KEYS), kernel_for="tpu")["keys"]
+    fits = lambda pages: pages and schedule.words(B, L, pages) <= _MOST_WORDS
+    tried = (min(most, max(1, size // C)) for size in (keys, _KEYS))
+    return next(filter(fits, tried), 0)
 
 
 def attend(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import device_table
 from pallas_kernels.decode_attention import part as maths
 
 _KEYS = 256  # that a step gathers of each part: few copies, and large enough products
@@ -10,11 +11,16 @@ _ROWS = 256  # of queries in a step: a processor with many cores shares them out
 
 
 def attend(options: maths.Options, q, k, v, table, lengths, starts, *, V: int, splits: int | None):
-    """(o (B K R V), lse (B K R 1)) of q (B K R H), in float32."""
+    """(o (B K R V), lse (B K R 1)) of q (B K R H), in float32.
+
+    A step has `keys` of the table of the device, or 256, and as many splits as have `rows` of
+    queries in all, or 256.
+    """
     (B, K, R, _), C, L = q.shape, k.shape[2], table.shape[1]
-    pages = max(1, min(_KEYS // C, L))
+    most = device_table.tiles(k, table, V, dict(keys=_KEYS, rows=_ROWS), kernel_for=None)
+    pages = max(1, min(most["keys"] // C, L))
     size = pages * C
-    splits = splits or max(1, min(_ROWS // (B * K * R), -(-L // pages)))
+    splits = splits or max(1, min(most["rows"] // (B * K * R), -(-L // pages)))
     low, each = maths.shares(options, lengths, starts, size=size, splits=splits)
     begin = low[None] + jnp.arange(splits)[:, None] * each[None]  # (X B)
     stop = jnp.minimum((begin + each[None]) * size, lengths[None])

@@ -78,6 +78,7 @@ def flash_attention(
     sinks: Float[Array, "N"] | None = None,
     dropout: Dropout | None = None,
     score_mod: ScoreMod | None = None,
+    whole: tuple[Float[Array, "B T N V"], Float[Array, "B T N"]] | None = None,
     interpret=False,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """(o in v's dtype, lse in float32); query head n uses key head n // (N / K).
@@ -86,6 +87,8 @@ def flash_attention(
       t, s: positions, for the mask, for dropout and for score_mod.
       mask: what queries see; a query that sees nothing gives zeros, with lse -inf.
       sizes: of tiles, for which the states of the mask are: one of `choices`.
+      whole: what is returned instead, and has the gradients that these keys have of it
+        (`whole.part_of`).
       interpret: run on any platform, slowly; True, or `pltpu.InterpretParams`.
 
     q, k, v, bias, sinks and factors of score_mod have gradients, of reverse mode; lse may be used.
@@ -101,7 +104,10 @@ def flash_attention(
     options = Options(scale, softcap, modify, mask.visible, keep, rate, k.shape[1], sizes)
     given = vjp.Given(t, s, mask.arrays, seed, None if known else mask.states, numbers)
     static = vjp.Static(options, mask.states if known else None, interpret)
-    return vjp.attend(static, vjp.Learned(q, k, v, bias, sinks, factors), given)
+    learned = vjp.Learned(q, k, v, bias, sinks, factors)
+    if whole is not None:
+        return vjp.attend_to_part(static, learned, given, whole)
+    return vjp.attend(static, learned, given)
 
 
 def _check(q, k, states, sizes):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.flash_attention import backward, forward
+from pallas_kernels.flash_attention import backward, forward, whole
 from pallas_kernels.flash_attention import sheet as sheets
 from pallas_kernels.flash_attention.tile import Options, Tiles
 
@@ -126,3 +126,4 @@ def _backward(static, residuals, cotangents):
 
 
 attend.defvjp(_forward, _backward)
+attend_to_part = whole.part_of(_backward)

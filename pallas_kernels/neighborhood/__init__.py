@@ -8,7 +8,12 @@ scores of one fit into fast memory and never leave it, and there are thousands o
 query sees is said by intervals (`Near`), and the bias is the same for all groups.
 
 `layout` packs groups side by side, `tile` is the maths of one pack and `mosaic_tpu` walks over
-them. Backward makes the weights again from queries and keys, so that nothing else is kept.
+them; `mosaic_gpu` is the form for Hopper. Backward makes the weights again from queries and keys,
+so that nothing else is kept.
+
+The table of a device (`pallas_kernels.tables`) says how many groups a `pack` has at most, and on a
+TPU how many `packs` a step has; as far as a register's lanes, or a tile of queries on a GPU, and
+fast memory have room.
 """
 
 import functools
@@ -18,7 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import tables
 from pallas_kernels.neighborhood import layout, mosaic_tpu
+
+NAME = "neighborhood_attention"  # in tables of devices
 
 
 class Near(NamedTuple):
@@ -29,9 +37,23 @@ class Near(NamedTuple):
     high: Int[Array, "A G T"]
 
 
-def fits(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> bool:
+def fits(
+    q: jax.Array, k: jax.Array, v: jax.Array, near: Near | None, bias: jax.Array | None
+) -> bool:
     """Whether the scores of a group, and all that belongs to it, fit into fast memory."""
-    return layout.Cut.of(q, k, v, biased=bias is not None).vmem <= layout.VMEM
+    return _cut(q, k, v, near, bias).vmem <= layout.VMEM
+
+
+def tiles(q: jax.Array, v: jax.Array, *names: str, kernel_for: str | None) -> dict:
+    """The sizes of these names in the table of the device, as `Table.tiles`; None is by rule."""
+    rules = dict.fromkeys(names)
+    return tables.here().tiles(NAME, rules, kernel_for=kernel_for, **case_of(q, v))
+
+
+def case_of(q: jax.Array, v: jax.Array) -> dict:
+    """What `Table.find` asks: length is that of the queries of all groups of a sequence."""
+    _, G, T, _, H = q.shape
+    return dict(dtype=q.dtype, head_dim=max(H, v.shape[-1]), length=G * T)
 
 
 def neighborhood_attention(
@@ -51,33 +73,50 @@ def neighborhood_attention(
       bias: of the scores of each group; it has a gradient, as q, k and v have.
       interpret: run the kernel on any platform, slowly.
 
-    Raises NotImplementedError for groups that don't fit (`fits`).
+    Raises NotImplementedError for groups that don't fit (`fits`), and ValueError for a row of the
+    table of the device with other tiles than `pack` and `packs`.
     """
-    if not fits(q, k, v, bias):
+    cut = _cut(q, k, v, near, bias)
+    if cut.vmem > layout.VMEM:
         raise NotImplementedError(
             f"groups of {q.shape[2]} queries and {k.shape[2]} keys are too large for the kernel; "
             "smaller windows, or implementation='xla', can be had"
         )
     B, G = q.shape[:2]
-    if near is None:  # then sequences are but more groups
-        q, k, v = (x.reshape(1, B * G, *x.shape[2:]) for x in (q, k, v))
+    if near is None:
+        q, k, v = map(_as_groups, (q, k, v))
     # varying over the axes of a mesh that q varies over, as all arrays of a kernel must
     near, bias = jax.tree.map(lambda x: x + jnp.zeros_like(q, x.dtype, x.shape), (near, bias))
-    o = _op((q, k, v, bias), near, scale, interpret)
+    o = _op((q, k, v, bias), near, cut, scale, interpret)
     return o.reshape(B, G, *o.shape[2:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _op(arrays, near, scale, interpret):
-    return mosaic_tpu.forward(arrays, near, scale=scale, interpret=interpret)
+def _as_groups(x):
+    """Sequences are but more groups, where nothing is said of each."""
+    return x.reshape(1, -1, *x.shape[2:])
 
 
-def _forward(arrays, near, scale, interpret):
-    return _op(arrays, near, scale, interpret), (arrays, near)
+def _cut(q, k, v, near, bias):
+    """The sizes, by the rules where memory has no room for those of the table."""
+    asked = tiles(q, v, "pack", "packs", kernel_for="tpu")
+    if near is None:
+        q, k, v = (jax.eval_shape(_as_groups, x) for x in (q, k, v))
+    of = functools.partial(layout.Cut.of, q, k, v, biased=bias is not None)
+    cut = of(**asked)
+    return cut if cut.vmem <= layout.VMEM else of()
 
 
-def _backward(scale, interpret, residuals, do):
-    return mosaic_tpu.backward(*residuals, do, scale=scale, interpret=interpret), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _op(arrays, near, cut, scale, interpret):
+    return mosaic_tpu.forward(cut, arrays, near, scale=scale, interpret=interpret)
+
+
+def _forward(arrays, near, cut, scale, interpret):
+    return _op(arrays, near, cut, scale, interpret), (arrays, near)
+
+
+def _backward(cut, scale, interpret, residuals, do):
+    return mosaic_tpu.backward(cut, *residuals, do, scale=scale, interpret=interpret), None
 
 
 _op.defvjp(_forward, _backward)

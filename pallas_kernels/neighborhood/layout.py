@@ -32,17 +32,28 @@ class Cut(NamedTuple):
     vmem: int  # bytes that the backward kernel takes, about
 
     @classmethod
-    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, *, biased: bool) -> "Cut":
+    def of(
+        cls,
+        q: jax.Array | jax.ShapeDtypeStruct,
+        k: jax.Array | jax.ShapeDtypeStruct,
+        v: jax.Array | jax.ShapeDtypeStruct,
+        *,
+        biased: bool,
+        pack: int | None = None,
+        packs: int | None = None,
+    ) -> "Cut":
+        """As large as lanes and memory allow, with `pack` and `packs` at most where given."""
         (_, G, T, N, H), (_, _, S, K, V) = q.shape, v.shape
         heads = _heads(N, K, H, V)
-        pack = max(1, min(_LANES // T, _MOST, G))
+        pack = max(1, min(_LANES // T, pack or _MOST, G))
         kv_heads = heads * K // N
         size = max(x.dtype.itemsize for x in (q, k, v))
         rows = lambda count, heads: _up(count, 16) * _up(heads * max(H, V), _LANES) * size
         one = 2 * (3 * rows(pack * T, heads) + 4 * pack * rows(S, kv_heads))  # each is there twice
         tile = 4 * _up(S, 8) * _up(pack * T, _LANES)
         fixed = 8 * tile + 4 * biased * heads * tile
-        packs = max(1, min((_STEP - fixed) // one, -(-G // pack)))
+        room = min(packs, (VMEM - fixed) // one) if packs else (_STEP - fixed) // one
+        packs = max(1, min(room, -(-G // pack)))
         steps = -(-G // (pack * packs))
         packs = -(-G // (pack * steps))
         sizes = heads, kv_heads, pack, packs, steps, N // heads

@@ -38,10 +38,14 @@ def neighborhood_attention(
     Args:
       interpret: `plgpu.InterpretGPUParams()` runs on a CPU, slowly.
 
+    A pack has as many groups as waste least, or as the table of the device says with `pack` at
+    most. Keys of a step are those of softmax attention, by its rows.
+
     Raises NotImplementedError for too many packs, and for what `flash_attention.mosaic_gpu` can't
-    honour.
+    honour, and ValueError for a row with other tiles than `pack`.
     """
-    cut = Cut.of(*q.shape[:3], k.shape[2])
+    asked = neighborhood.tiles(q, v, "pack", kernel_for="cuda")
+    cut = Cut.of(*q.shape[:3], k.shape[2], **asked)
     if (packs := q.shape[0] * cut.packs) > _MOST_PACKS:
         raise NotImplementedError(
             f"the kernel for Hopper takes {_MOST_PACKS} packs of groups, not {packs}"
@@ -70,10 +74,14 @@ class Cut(NamedTuple):
     pack: int  # groups of a pack
 
     @classmethod
-    def of(cls, B: int, G: int, T: int, S: int) -> "Cut":
-        """Packs that waste least: a group's share of the pack's tiles of keys."""
+    def of(cls, B: int, G: int, T: int, S: int, pack: int | None = None) -> "Cut":
+        """Packs of so many groups at most, or that waste least.
+
+        What counts is a group's share of the pack's tiles of keys.
+        """
+        most = max(1, min(TILE // T, G))
         share = lambda pack: (-(-pack * S // TILE) / pack, -pack)
-        return cls(B, G, T, S, min(range(1, max(1, min(TILE // T, G)) + 1), key=share))
+        return cls(B, G, T, S, min(pack or min(range(1, most + 1), key=share), most))
 
     @property
     def packs(self) -> int:

@@ -12,10 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.neighborhood import layout, tile
 
 
-def forward(arrays, near, *, scale, interpret=False):
+def forward(cut: layout.Cut, arrays, near, *, scale, interpret=False):
     """The output, in v's dtype, of arrays (q, k, v, bias or None)."""
-    q, k, v, bias = arrays
-    cut = layout.Cut.of(q, k, v, biased=bias is not None)
+    q, _, v, _ = arrays
     inputs = _inputs(cut, arrays, near)
     like = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), v.dtype)
     outputs = dict(o=jax.eval_shape(cut.queries, like))
@@ -35,10 +34,9 @@ def _forward(cut, scale, refs):
         refs.o[p] = _rows(parts, refs.o)
 
 
-def backward(arrays, near, do, *, scale, interpret=False):
+def backward(cut: layout.Cut, arrays, near, do, *, scale, interpret=False):
     """Gradients of arrays by that of the output."""
-    q, k, v, bias = arrays
-    cut = layout.Cut.of(q, k, v, biased=bias is not None)
+    *_, bias = arrays
     inputs = _inputs(cut, arrays, near) | dict(do=cut.queries(do))
     outputs = dict(dq=inputs["q"], dk=inputs["k"], dv=inputs["v"])
     if bias is not None:

@@ -21,93 +21,15 @@ import contextvars
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import re
-from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
+
+from pallas_kernels.tables.table import Row, Table, case_between, case_of  # noqa: F401
 
 FOLDER = pathlib.Path(__file__).parent
-_SOURCES = {
-    "measured": {"device", "driver", "jax", "date", "ratio"},
-    "published": {"what", "where"},
-    "computed": {"rule"},
-}
 _using = contextvars.ContextVar("table", default=None)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """What is chosen for one operation and one class of its arguments.
-
-    Raises ValueError for a source that isn't said to be measured, published or computed, or that
-    lacks what such a source must say.
-    """
-
-    operation: str
-    implementation: str
-    dtype: str | None = None
-    head_dim: int | None = None
-    length: int | None = None
-    tiles: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    source: Mapping[str, object]
-
-    def __post_init__(self):
-        how = self.source.get("how")
-        if how not in _SOURCES:
-            raise ValueError(f"source of {self} must have a `how` of {list(_SOURCES)}")
-        if missing := _SOURCES[how] - self.source.keys():
-            raise ValueError(f"{self} is {how}, so its source must say {sorted(missing)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """All rows of a kind of device, and the platform that programs are lowered for there."""
-
-    kind: str
-    platform: str | None = None  # "cpu", "tpu" or "cuda"; None where nothing is known of the kind
-    rows: tuple[Row, ...] = ()
-
-    def find(
-        self,
-        operation: str,
-        *,
-        dtype,
-        head_dim: int,
-        length: int | float,
-        implementation: str | None = None,
-    ) -> Row | None:
-        """The first row of the class that these arguments are in, of `implementation` if given.
-
-        A size is in the smallest class that holds it, or in the largest that there is. length is
-        the geometric mean where queries and keys differ. None where there are no such rows.
-        """
-        rows = [row for row in self.rows if row.operation == operation]
-        rows = [row for row in rows if implementation in (None, row.implementation)]
-        dtype = jnp.dtype(dtype).name
-        rows = [x for x in rows if x.dtype == dtype] or [x for x in rows if x.dtype is None]
-        rows = _nearest(_nearest(rows, "head_dim", head_dim), "length", length)
-        return rows[0] if rows else None
-
-    def tile(self, name: str, rule: int | None, operation: str, **case) -> int | None:
-        """The tile `name` of the row that `find` gives for a case; without one, as `rule` says."""
-        row = self.find(operation, **case)
-        return rule if row is None else row.tiles.get(name, rule)
-
-
-def case_of(x: jax.Array) -> dict:
-    """What `Table.find` asks of tokens (B T N H)."""
-    return dict(dtype=x.dtype, head_dim=x.shape[-1], length=x.shape[1])
-
-
-def _nearest(rows, name, size):
-    """The rows of one class."""
-    bound = lambda row: math.inf if getattr(row, name) is None else getattr(row, name)
-    bounds = sorted(set(map(bound, rows)))
-    chosen = next((x for x in bounds if x >= size), max(bounds, default=None))
-    return [row for row in rows if bound(row) == chosen]
 
 
 def here() -> Table:

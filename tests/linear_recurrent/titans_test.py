@@ -20,7 +20,7 @@ def draw(*shape, seed=0):
 
 
 def example(T, depth=2):
-    """As that of the record, by numpy."""
+    """As that of the record, of two heads, by numpy."""
     unit = draw(3, 2, T, 2, 4)
     q, k, v = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
     gates = np.random.default_rng(1).uniform(0.1, 0.9, (3, 2, T, 2)).astype(np.float32)

@@ -56,13 +56,15 @@ def _gradients(rule, factors, do):
 product.defvjp(lambda rule, *factors: (product(rule, *factors), factors), _gradients)
 
 
-def naive(q, k, v, *, mask=None, softcap=None, bias=None, sinks=None, dropout=None):
+def naive(q, k, v, *, mask=None, softcap=None, bias=None, sinks=None, dropout=None, score_mod=None):
     """Everything in the dtype of the inputs, but for the largest and the last steps."""
     (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
     k, v = (jnp.repeat(x, N // K, 2) for x in (k, v))
     x = product("btnh,bsnh->bnts", q, k) * q.dtype.type(q.shape[-1] ** -0.5)
     x = x if softcap is None else softcap * jnp.tanh(x / softcap)
     x = x if bias is None else x + bias
+    if score_mod is not None:
+        x = score_mod(x, *jnp.ix_(*map(jnp.arange, x.shape))).astype(x.dtype)
     seen = True if mask is None else mask.visible(np.arange(T), np.arange(S))
     x = jnp.where(seen, x, -jnp.inf)
     if sinks is not None:
@@ -213,7 +215,7 @@ def test_a_traced_selection_skips_the_other_keys_without_races(capfd):
     ("dtype", "options", "named"),
     [
         ("float8_e4m3fn", {}, "bfloat16, float16 or float32, not"),
-        ("bfloat16", dict(score_mod=lambda x, b, n, t, s: x), "can't honour score_mod"),
+        ("bfloat16", dict(score_mod=lambda x, b, n, t, s: x % 3.0), "with rem of float32"),
     ],
 )
 def test_what_it_refuses_names_what_would(dtype, options, named):
@@ -269,3 +271,24 @@ def test_a_gpu_has_xla_unless_the_kernel_is_asked_for(monkeypatch):
     fn = lambda x: ops.dot_product_attention(**x)
     lowered = jax.jit(fn).trace(inputs(T=512, S=512)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" not in lowered.as_text()
+
+
+def test_gradients_of_a_part_of_the_keys():
+    """Those of keys are as they are beside the others; those of queries add up."""
+    arrays = inputs(T=100, S=256)
+    options = dict(mask=masks.Window(left=150), positions=(np.arange(100, 200), np.arange(256)))
+    whole, pull = jax.vjp(lambda x: kernel(**x, **options), arrays)
+    cotangents = jax.tree.map(lambda x: jnp.asarray(normal(5, *x.shape), x.dtype), whole)
+    [expected] = pull(cotangents)
+    dq = jnp.zeros(arrays["q"].shape)
+    for keys in np.split(np.arange(256), 2):
+        part = arrays | {name: arrays[name][:, keys] for name in "kv"}
+        here = options | dict(positions=(np.arange(100, 200), keys), whole=whole)
+        out, pull = jax.vjp(lambda x, here=here: kernel(**x, **here), part)
+        [found] = pull(cotangents)
+        np.testing.assert_array_equal(out[0], whole[0])
+        for name in "kv":
+            np.testing.assert_array_equal(found[name], expected[name][:, keys])
+        dq += found["q"]
+    scale = abs(expected["q"]).max()
+    np.testing.assert_allclose(dq, expected["q"].astype("float32"), atol=2**-7 * scale, rtol=0)

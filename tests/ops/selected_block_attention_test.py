@@ -10,9 +10,8 @@ import pytest
 from attnjax.core import masks, sharding
 from attnjax.ops import dot_product_attention as ops
 from attnjax.ops.selected_block_attention import selected_block_attention
-from pallas_kernels import block_sparse as kernels
 from pallas_kernels import placing
-from pallas_kernels.block_sparse import walk
+from pallas_kernels.block_sparse import plan, walk
 from tests import cost
 
 B, N, K, H, V = 2, 4, 2, 8, 6
@@ -71,8 +70,8 @@ def plain():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Of the kernel: several tiles at tiny lengths, and a call for each example and key head."""
-    monkeypatch.setattr(kernels, "_LEAST", 2)
-    monkeypatch.setattr(kernels, "_most", lambda q, v: 4)
+    monkeypatch.setattr(plan, "_LEAST", 2)
+    monkeypatch.setattr(plan, "_most", lambda q, v: 4)
     monkeypatch.setattr(walk, "MOST_PAIRS", 64)
 
 

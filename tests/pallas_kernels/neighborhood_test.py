@@ -89,14 +89,15 @@ def test_two_cores_do_not_race():
     simulated = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)  # a race raises
     args, near = inputs(G=3, T=49, S=53, V=12), intervals(3, 49, 53, axes=1)
     arrays = args["q"], args["k"], args["v"]
-    assert layout.Cut.of(*arrays, biased=True).pack == 2
+    cut = layout.Cut.of(*arrays, biased=True)
+    assert cut.pack == 2
 
     def run(args):
         arrays = args["q"], args["k"], args["v"], args["bias"]
         options = dict(scale=0.25, interpret=simulated)
-        o = mosaic_tpu.forward(arrays, near, **options)
+        o = mosaic_tpu.forward(cut, arrays, near, **options)
         do = cotangents.like(o)
-        grads = mosaic_tpu.backward(arrays, near, do, **options)
+        grads = mosaic_tpu.backward(cut, arrays, near, do, **options)
         return o, dict(zip(("q", "k", "v", "bias"), grads, strict=True))
 
     slow = functools.partial(oracle, near=near)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from attnjax.ops import dot_product_attention as ops
+from attnjax.ops import softmax_choice
 from pallas_kernels import (
     decay_attention,
     flash_attention,
@@ -124,11 +125,11 @@ def test_attention_is_what_the_table_says(monkeypatch, platform):
     """Of a fake table: which function is called for the device at hand."""
     asked = []
     for name in ("dense_attention", "_blocked", "_by_platform"):
-        real = getattr(ops, name)
+        real = getattr(softmax_choice, name)
         spy = lambda *args, real=real, name=name, **options: (
             asked.append(name) or real(*args, **options)
         )
-        monkeypatch.setattr(ops, name, spy)
+        monkeypatch.setattr(softmax_choice, name, spy)
 
     def first(*rows, k=LONG):
         asked.clear()
@@ -141,7 +142,7 @@ def test_attention_is_what_the_table_says(monkeypatch, platform):
     assert first() == "_by_platform" and first(k=SHAPE) == "dense_attention"
     own = "_blocked" if platform == "tpu" else "_by_platform"
     assert first(dict(implementation="blocked"), k=SHAPE) == own
-    for name in ("xla", "pallas" if platform == "cpu" else "tokamax"):
+    for name in ("xla", "tokamax" if platform == "cpu" else "new"):
         with pytest.raises(ValueError, match="must name an implementation that there is on x"):
             first(dict(implementation=name))
 
@@ -153,8 +154,8 @@ def test_kernels_are_what_the_table_says(monkeypatch, implementation, here):
     kernels = dict(xla=jnp.sin, tpu=jnp.cos, gpu=jnp.tanh)
     chosen = row(implementation)
 
-    def lowered(platform, gpu=jnp.tanh):
-        options = kernels | dict(gpu=gpu, row=chosen)
+    def lowered(platform, gpu=jnp.tanh, fits=True):
+        options = kernels | dict(gpu=gpu, row=chosen, fits=fits)
         with tables.using(tables.Table("x", here)):
             program = jax.jit(lambda x: placing.run((x,), None, **options)).trace(1.0)
         text = program.lower(lowering_platforms=(platform,)).as_text()
@@ -167,7 +168,8 @@ def test_kernels_are_what_the_table_says(monkeypatch, implementation, here):
     by_xla = implementation == "xla"
     assert lowered("tpu") == (["sine"] if by_xla and here == "tpu" else ["cosine"])
     assert lowered("cuda") == (["sine"] if by_xla or here == "tpu" else ["tanh"])
-    assert lowered("cpu") == ["sine"]
+    assert lowered("cpu") == ["sine"] == lowered("tpu", fits=False)
+    assert lowered("cuda", fits=False) == lowered("cuda")  # a TPU's memory is of no matter there
     if here == "cuda":
 
         def refuses(x):

@@ -39,6 +39,13 @@ TOGETHER = {
         ("documents and padding", "heads that don't divide"),
         ("lengths that don't divide", "state of a length that doesn't divide"),
     ),
+    "Blocks of keys that a gate chose": (
+        (
+            "padding, and a length that doesn't divide",
+            "the gate's own loss",
+            "queries that share a choice",
+        ),
+    ),
     "Neighborhoods": (("one axis", "strides, and a length that doesn't divide"),),
 }
 

@@ -1,6 +1,7 @@
 """All cells of the matrix on eight devices: `python -m tests.parallel.eight_devices`.
 
-Prints how many rows are exact and how many are refused; fails where a row is neither.
+Prints how many rows are exact and how many are refused; fails where a row is neither, and where a
+ring of eight devices doesn't need about half of the memory of one of four.
 """
 
 import sys
@@ -14,7 +15,7 @@ jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 
 def main():
-    from tests.parallel import cells
+    from tests.parallel import cells, ring_test
 
     exact, refused, wrong = 0, 0, []
     for cell in cells.CELLS:
@@ -24,6 +25,9 @@ def main():
             wrong.append(str(error))
         else:
             exact, refused = exact + len(cell.rows) - found, refused + found
+    memory = [ring_test.compiled(n).memory_analysis().temp_size_in_bytes for n in (4, 8)]
+    if memory[1] > 0.6 * memory[0]:  # of each device; a tile of scores is the same for both
+        wrong.append(f"memory of a ring of 4 and of 8 devices: {memory}")
     print(exact, refused)
     sys.exit("\n".join(wrong) or 0)
 

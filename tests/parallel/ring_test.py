@@ -143,14 +143,10 @@ def compiled(size, T=2**17):
     return run.lower(array(4), array(2), array(2)).compile()
 
 
-def test_memory_falls_with_devices_and_keys_are_never_gathered():
-    used = {}
-    for size in (2, 4):
-        program = compiled(size)
-        used[size] = program.memory_analysis().temp_size_in_bytes
-        text = program.as_text()
-        assert "collective-permute" in text and "all-gather" not in text
-    assert used[4] < 0.6 * used[2]
+def test_keys_are_never_gathered():
+    """How memory falls with devices: eight_devices.py."""
+    text = compiled(4).as_text()
+    assert "collective-permute" in text and "all-gather" not in text
 
 
 @pytest.mark.parametrize(("name", "value"), [("q_offset", 3), ("return_lse", True)])

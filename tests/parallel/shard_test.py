@@ -75,7 +75,7 @@ def test_keeps_the_name_and_signature():
             None,
             "biformer",
             "context",
-            "biformer has no strategy of context parallelism; linear_recurrent",
+            "biformer has no strategy of context parallelism; higher_order",
         ),
         ("pass_state", "gqa", "context", "strategy='pass_state' must be one of gqa's: ring"),
         ("ring", "gqa", "sequence", "axis='sequence' must be one of the mesh's data, fsdp"),

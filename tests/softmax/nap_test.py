@@ -1,12 +1,16 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnjax import parallel
 from attnjax.core import edit, masks
 from attnjax.ops import dot_product_attention as ops
 from attnjax.softmax import nap as lib
+from tests.parallel import helpers as devices
 
 T = 9
 CAUSAL = dict(mask=masks.Causal())
@@ -135,3 +139,13 @@ def test_refuses_what_it_cannot_do():
     ids = jnp.asarray(np.zeros((2, T), np.int32))
     with pytest.raises(NotImplementedError, match="Segments only together with Causal"):
         jax.eval_shape(lambda args: lib.nap(**args, mask=masks.Segments(ids)), ARGS)
+
+
+def test_a_state_of_several_arrays_is_not_split():
+    fn = parallel.shard("all_to_all", lib.SPEC, devices.mesh(context=4))
+    fn = functools.partial(fn, **CAUSAL)
+    state = jax.eval_shape(lambda args: lib.nap(**args, return_state=True)[1], ARGS)
+    with pytest.raises(NotImplementedError, match="all_to_all can't honour an initial_state"):
+        jax.eval_shape(lambda args, state: fn(**args, initial_state=state), ARGS, state)
+    with pytest.raises(NotImplementedError, match="all_to_all can't honour return_state"):
+        jax.eval_shape(lambda args: fn(**args, return_state=True), ARGS)

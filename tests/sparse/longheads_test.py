@@ -1,5 +1,6 @@
 """Only what is particular to LongHeads; the rest is tests/conformance_test.py."""
 
+import dataclasses
 import functools
 
 import chex
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.core import masks, positions
+from attnjax import parallel
+from attnjax.core import masks, positions, registry
 from attnjax.ops import dot_product_attention as ops
 from attnjax.softmax import multi_head_attention as mha
 from attnjax.sparse import longheads as lib
 from tests import cost
 from tests.initial import initial
+from tests.parallel import helpers as devices
 from tests.sparse import helpers
 
 SIZES = dict(window=16, chunk=4)
@@ -131,6 +134,20 @@ def test_is_a_function_of_multi_head_attention():
     actual, full = helpers.program(outputs)(initial(module.init, helpers.KEY, x), x)
     chex.assert_trees_all_close(actual[:, :16], full[:, :16], rtol=1e-4, atol=1e-5)
     assert np.abs(actual - full)[:, 16:].max() > 1e-2
+
+
+def test_heads_lie_over_devices():
+    """At a length that is no multiple of chunks or devices."""
+    attention = registry.get("multi_head_attention")
+    record = dataclasses.replace(attention, fn=lib.longheads, context=("all_to_all",))
+    sizes = dict(window=9, chunk=3)
+    devices.assert_same("all_to_all", record, helpers.example(23), dict(context=4), **sizes)
+
+
+def test_as_no_mechanism_it_is_refused_with_what_would_work():
+    message = r"longheads is no mechanism .* fn=longheads, context=\('all_to_all',\)\) does"
+    with pytest.raises(ValueError, match=message):
+        parallel.shard("all_to_all", lib.SPEC, devices.mesh(context=4))
 
 
 def test_refuses_what_it_cannot_do():

@@ -8,6 +8,7 @@ import pytest
 from attnjax.core import masks
 from attnjax.ops import block_selection as blocks
 from attnjax.sparse import sale as lib
+from tests.parallel import helpers as devices
 from tests.sparse import helpers
 
 T, C, L = 64, 4, 16  # tokens, those of a block, blocks
@@ -108,6 +109,11 @@ def test_what_all_tokens_share_costs_no_bits():
 def test_going_on_is_full_attention():
     options = dict(threshold=1e9, block_q=2, block_k=2, local=0)
     helpers.assert_goes_on_in_full(lib.Sale(num_heads=2, head_dim=8, **options))
+
+
+def test_an_array_of_thresholds_is_split_with_the_heads():
+    options = dict(threshold=jnp.array([0.0, 0.2, 0.4, 9.0]), block_q=2, block_k=1, local=1)
+    devices.assert_same("all_to_all", lib.SPEC, helpers.example(13), dict(context=4), **options)
 
 
 def test_refuses_what_it_cannot_do():

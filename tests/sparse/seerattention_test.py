@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnjax import parallel
 from attnjax.core import masks
 from attnjax.ops import dot_product_attention as ops
 from attnjax.sparse import seerattention as lib
 from tests import cost
+from tests.parallel import helpers as devices
 from tests.sparse import helpers
 
 
@@ -125,6 +127,13 @@ def test_the_gate_learns_from_its_own_loss_alone():
     helpers.assert_learns_from_its_own_loss_alone(module, x, "distill", tables)
 
 
+def test_each_device_adds_its_share_of_the_loss():
+    """Of examples and heads; `parallel.matrix` has those of queries and of heads."""
+    axes = dict(data=2, context=1, tensor=2)
+    options = dict(block=4, topk=2, distill=0.5)
+    devices.assert_same("gather", lib.SPEC, example(11), axes, **options)
+
+
 def test_streams_into_a_longer_cache():
     options = dict(num_heads=4, num_kv_heads=2, head_dim=8, gate_dim=4, block=3, topk=2)
     module = lib.SeerAttention(**options, rotary_base=100.0)
@@ -166,6 +175,16 @@ def test_costs_less_than_full_attention():
     few = functools.partial(lib.seerattention, topk=3)
     assert count(few, 4096) < count(full, 4096) / 6
     assert count(few, 4096) < 2.2 * count(few, 2048)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "all_to_all", "block_ring"])
+def test_refuses_gates_of_other_blocks_over_devices(strategy):
+    """That fill up to the same lengths as the right ones."""
+    q, k, v, gate_q, gate_k = example(11)
+    fn = functools.partial(parallel.shard(strategy, lib.SPEC, devices.mesh(context=4)), block=4)
+    for gates in ((gate_q[:, :10], gate_k), (gate_q, gate_k[:, :2])):
+        with pytest.raises(ValueError, match=r"must be (of|as many)"):
+            jax.eval_shape(fn, q, k, v, *gates)
 
 
 def test_refuses_what_it_cannot_do():

@@ -33,7 +33,9 @@ def block_sparse_attention(
 
     Time is that of tiles of TILE queries that selected a block, each with all keys of the block and
     what whole tiles have beside them: blocks of fewer than TILE keys cost up to as much as TILE.
-    Memory is that of A copies of the queries, also where they share what they selected.
+    Memory is that of A copies of the queries, also where they share what they selected. No size
+    is free: TILE is what two warpgroups multiply, and keys of a step in the forward kernel are
+    those of softmax attention, by its rows in the table of the device.
 
     Args:
       interpret: `plgpu.InterpretGPUParams()` runs on a CPU, slowly.

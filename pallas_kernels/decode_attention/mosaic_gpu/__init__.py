@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.decode_attention import device_table
 from pallas_kernels.decode_attention import part as maths
 from pallas_kernels.decode_attention.mosaic_gpu import compute, fetch
 from pallas_kernels.decode_attention.mosaic_gpu import steps as schedule
@@ -44,13 +45,19 @@ def attend(
 ):
     """(o (B K R V), lse (B K R 1)) of q (B K R H), in float32.
 
-    Raises NotImplementedError for dtypes, pages, features and devices that the kernel isn't for.
+    A step has `keys` of the table of the device, or 64, at most, and there are as many splits as
+    make its `blocks` of threads, or 132.
+
+    Raises NotImplementedError for dtypes, pages, features and devices that the kernel isn't for,
+    and ValueError for a row with keys other than 64, 32 and 16.
     """
     hopper.check_device(interpret)
-    sizes, (B, K, R, _) = schedule.Sizes.of(q, k, v, V), q.shape
+    rules = dict(keys=None, blocks=_BLOCKS)
+    most = device_table.tiles(k, table, V, rules, kernel_for="cuda")
+    sizes, (B, K, R, _) = schedule.Sizes.of(q, k, v, V, most["keys"]), q.shape
     q = jnp.pad(q, ((0, 0), (0, 0), (0, sizes.padded(R) - R), (0, 0)))
     tiles, room = sizes.tiles(R), table.shape[1] * k.shape[2]
-    splits = splits or max(1, min(_BLOCKS // (B * K * tiles), -(-room // sizes.keys)))
+    splits = splits or max(1, min(most["blocks"] // (B * K * tiles), -(-room // sizes.keys)))
     pools = (k,) if v is None else (k, v)
     ends = schedule.Ends(lengths, starts, jnp.maximum(-(-lengths // sizes.unit) - 1, 0))
     inputs = Inputs(

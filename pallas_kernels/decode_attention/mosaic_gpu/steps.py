@@ -10,7 +10,8 @@ import numpy as np
 from pallas_kernels.decode_attention import part as maths
 
 ROWS = 64  # of a product
-_MOST_KEYS = 64  # of a step
+_KEYS = 64, 32, 16  # of a step
+_MOST_KEYS = 64
 _MOST_STAGES = 4
 _WIDEST = 256  # values of which a warpgroup's registers hold sums
 _SHARED = 227 * 1024 - 2 * 1024  # bytes, but for barriers and alignment
@@ -31,15 +32,20 @@ class Sizes(NamedTuple):
     width: int  # of them, of a product
 
     @classmethod
-    def of(cls, q, k, v, V: int) -> "Sizes":
-        """For q (B K R H); raises NotImplementedError for what the kernel can't take."""
+    def of(cls, q, k, v, V: int, most_keys: int | None = None) -> "Sizes":
+        """For q (B K R H); raises NotImplementedError for what the kernel can't take.
+
+        Raises ValueError for most_keys, of a step, that a step can't have.
+        """
+        if most_keys not in (None, *_KEYS):
+            raise ValueError(f"keys={most_keys} of a step on Hopper must be one of {_KEYS}")
         (_, _, R, H), C = q.shape, k.shape[2]
         _check(q, k, v, C, H, V)
         by_rows, groups = V <= _WIDEST, 2 if R > ROWS or V > _WIDEST else 1
         columns = V if by_rows else V // 2
         most = 128 if columns <= 128 else 64
-        for keys in (64, 32, 16):
-            if keys > _MOST_KEYS:
+        for keys in _KEYS:
+            if keys > (most_keys or _MOST_KEYS):
                 continue
             features = math.gcd(keys, H, columns)
             width = max(x for x in range(features, most + 1, features) if columns % x == 0)

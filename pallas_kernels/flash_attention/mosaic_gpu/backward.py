@@ -1,11 +1,12 @@
 """The backward kernels: each tile's weights again from lse, and sums over rows or columns.
 
-    dy_ts = p_ts (drop(do_t . v_s) - delta_t),    dx = scale (1 - (x / softcap)^2) dy
+    dz_ts = p_ts (drop(do_t . v_s) - delta_t),    dy = score_mod'(y) dz
+    dx_ts = scale (1 - (x_ts / softcap)^2) dy_ts
     dq_t = sum_s dx_ts k_s,    dk_s = sum_t dx_ts q_t,    dv_s = sum_t drop(p)_ts do_t
 
-p = exp(y - lse), delta = do . o - dlse. Each sum is made by one warpgroup, in a fixed order, so
-results are the same each time. Source: Dao, "FlashAttention-2", algorithm 2; Shah et al.,
-"FlashAttention-3", appendix B.
+p = exp(z - lse), z = score_mod(y), delta = do . o - dlse. Each sum is made by one warpgroup, in a
+fixed order, so results are the same each time. Source: Dao, "FlashAttention-2", algorithm 2; Shah
+et al., "FlashAttention-3", appendix B.
 
 Unlike there: a kernel for each of (dq) and (dk, dv), so that none needs atomic additions; and where
 heads are too wide for the registers of both, one for each of dk and dv.
@@ -19,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu import call as calls
+from pallas_kernels.flash_attention.mosaic_gpu import gradients
 from pallas_kernels.flash_attention.mosaic_gpu import part as parts
 from pallas_kernels.flash_attention.mosaic_gpu import tile as maths
 from pallas_kernels.flash_attention.mosaic_gpu.frame import Frame
@@ -26,7 +28,6 @@ from pallas_kernels.flash_attention.mosaic_gpu.part import Part
 from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import ROWS, TILE
 from pallas_kernels.flash_attention.mosaic_gpu.work import Inputs, Work
 
-_MOST = 64  # columns that registers hold beside the sums
 _BOTH = 256  # features of dk and dv that they hold at once
 
 
@@ -50,7 +51,7 @@ def queries(
         ),
         outputs=[dq],
         scratch={"scores": parts.scores(q.dtype)},
-        most=_MOST,
+        most=gradients.columns(options, q.shape[-1]),
         products=3,
         interpret=interpret,
         name="flash_attention_dq",
@@ -76,7 +77,7 @@ def keys_and_values(
             Inputs(kept=parts.along(0, **like), fetched=(first, second), others=asked),
             outputs=[Part(x, (0,)) for x in grads],
             scratch={name: parts.scores(q.dtype) for name in wanted},
-            most=_MOST,
+            most=gradients.columns(options, sum(x.shape[-1] for x in grads)),
             products=2 * len(wanted),
             interpret=interpret,
             name="flash_attention_d" + "".join(wanted),
@@ -86,25 +87,14 @@ def keys_and_values(
     return sums("k", "v") if width <= _BOTH else (*sums("k"), *sums("v"))
 
 
-def weights(tile: maths.Tile, found: dict):
-    """(what softcap bounds, weights), of what is ready."""
-    bent, y = tile.scores(found)
-    return bent, jnp.exp2(y - tile.by_query(found["lse"], y.shape))
-
-
-def dscores(tile: maths.Tile, found: dict, weights, drop) -> jax.Array:
-    """The gradient of scores."""
-    dweights = drop(tile.products(found["do"], found["v"]))
-    return weights * (dweights - tile.by_query(found["delta"], weights.shape))
-
-
 def _queries(options, work: Work, dq):
     def with_sum(total):
         def add(carry, step, partial):
             tile = maths.Tile(options, work.inputs.others, step, partial=partial)
             found = step.ready(0)
-            bent, p = weights(tile, found)
-            dx = maths.bend(bent, dscores(tile, step.ready(1), p, tile.dropping(p.shape)))
+            slopes, p = gradients.weights(tile, found)
+            dz = gradients.dscores(tile, step.ready(1), p, tile.dropping(p.shape))
+            dx = slopes.of_product(dz)
             _add_product(total, work.scratch("scores"), dx, parts.to_sum("k", found))
             plgpu.wgmma_wait(0)
             return carry
@@ -125,12 +115,12 @@ def _keys_and_values(options, wanted, work: Work, *outputs):
         def add(carry, step, partial):
             tile = maths.Tile(options, work.inputs.others, step, 1, partial)
             found = step.ready(0)
-            bent, p = weights(tile, found)
+            slopes, p = gradients.weights(tile, found)
             drop, met = tile.dropping(p.shape), step.ready(1)
             if "v" in wanted:
                 _add_product(totals["v"], work.scratch("v"), drop(p), parts.to_sum("do", met))
             if "k" in wanted:
-                dx = maths.bend(bent, dscores(tile, met, p, drop))
+                dx = slopes.of_product(gradients.dscores(tile, met, p, drop))
                 _add_product(totals["k"], work.scratch("k"), dx, parts.to_sum("q", found))
             plgpu.wgmma_wait(0)
             return carry

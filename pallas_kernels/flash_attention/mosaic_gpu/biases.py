@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.mosaic_gpu import backward
 from pallas_kernels.flash_attention.mosaic_gpu import call as calls
+from pallas_kernels.flash_attention.mosaic_gpu import gradients
 from pallas_kernels.flash_attention.mosaic_gpu import part as parts
 from pallas_kernels.flash_attention.mosaic_gpu import tile as maths
 from pallas_kernels.flash_attention.mosaic_gpu import walk as walks
@@ -75,8 +75,9 @@ def _biases(options, queries, work: Work, dbias):
 
     def add(total, step, partial):
         tile = maths.Tile(options, work.inputs.others, step, queries, partial)
-        _, p = backward.weights(tile, step.ready(0))
-        dy = backward.dscores(tile, step.ready(1), p, tile.dropping(p.shape))
+        slopes, p = gradients.weights(tile, step.ready(0))
+        dz = gradients.dscores(tile, step.ready(1), p, tile.dropping(p.shape))
+        dy = slopes.of_score(dz)
         return total + (dy if whole else dy.sum(1))
 
     shape = (ROWS, work.steps.size) if whole else (ROWS,)

@@ -70,7 +70,7 @@ def _kernel(options, work: Work, o, lse):
     def add(carry, step, partial):
         sums, peak, total = carry
         tile = maths.Tile(options, others.asked, step, partial=partial)
-        _, y = tile.scores(step.ready(0))
+        y = tile.scores(step.ready(0))
         higher = jnp.maximum(peak, y.max(1))
         shift = jnp.where(higher == -jnp.inf, 0.0, higher)  # -inf - -inf is NaN
         weights, decay = jnp.exp2(y - maths.along(shift, y.shape, 0)), jnp.exp2(peak - shift)

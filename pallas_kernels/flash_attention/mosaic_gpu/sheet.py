@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 )
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """An array with an entry for each row (#B #N R), for each column (#B #N C) or both.
+    """An array with an entry for each row (#B #N R), for each column (#B #N C), both or neither.
 
     axes are those of a tile that it has; rows are what a block of threads keeps.
     """
@@ -29,14 +29,17 @@ class Sheet:
     def read(self, b, n, begin: tuple, shape: tuple[int, int]) -> jax.Array:
         """Its part of a tile that begins at (row, column), over the whole of it."""
         whole = [i if n > 1 else 0 for i, n in zip((b, n), self.array.shape[:2], strict=True)]
+        x = self._load(whole, begin, shape) if self.axes else self.array[*whole]
+        if len(self.axes) < 2:
+            x = lax.broadcast_in_dim(x, shape, self.axes)
+        return x.astype(jnp.int32) != 0 if self.boolean else x
+
+    def _load(self, whole, begin, shape):
         part = self.array.at[*whole, *(pl.ds(begin[i], shape[i]) for i in self.axes)]
         layout = plgpu.Layout.WGMMA
         if len(self.axes) == 1:
             layout = layout.reduce(1 - self.axes[0])
-        x = plgpu.load(part, layout=layout, optimized=False)
-        if len(self.axes) == 1:
-            x = lax.broadcast_in_dim(x, shape, self.axes)
-        return x.astype(jnp.int32) != 0 if self.boolean else x
+        return plgpu.load(part, layout=layout, optimized=False)
 
 
 def lay(x: jax.Array | np.ndarray, sizes: tuple[int, int], over: str) -> Sheet:
@@ -51,6 +54,12 @@ def lay(x: jax.Array | np.ndarray, sizes: tuple[int, int], over: str) -> Sheet:
         x, wide = x.swapaxes(2, 3), [5 - i for i in wide]
     x = x.reshape(*x.shape[:2], *(x.shape[i] for i in sorted(wide)))
     return Sheet(x, tuple(i - 2 for i in sorted(wide)), boolean)
+
+
+def of_heads(x: jax.Array) -> Sheet:
+    """An array (#B #N 1 1), in its own dtype."""
+    boolean = x.dtype == bool
+    return Sheet(x[:, :, 0, 0].astype(jnp.int32 if boolean else x.dtype), (), boolean)
 
 
 def _dtype(dtype, of_scores):

@@ -6,7 +6,7 @@ and queries. Exponents are of base 2, which is what the hardware has.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.mosaic_gpu import score_mod as score_mods
+from pallas_kernels.flash_attention.mosaic_gpu.options import Asked, Options
+from pallas_kernels.flash_attention.mosaic_gpu.score_mod import Slopes
 from pallas_kernels.flash_attention.mosaic_gpu.sheet import Sheet
 from pallas_kernels.flash_attention.mosaic_gpu.tile_sizes import TILE
 from pallas_kernels.flash_attention.mosaic_gpu.work import Step
 
 LOG2E = math.log2(math.e)
-
-
-class Options(NamedTuple):
-    """What is known while tracing."""
-
-    scale: float
-    softcap: float | None
-    visible: Callable | None  # (t, s, *arrays) -> bool, of tiles
-    S: int  # keys that exist
-    keep: Callable | None = None  # (seed, b, n, t, s) -> bool, of tiles
-    rate: float = 0.0  # that `keep` says no
-
-
-class Asked(NamedTuple):
-    """What stays in global memory: of the mask, dropout, bias; None is not needed."""
-
-    t: Sheet | None
-    s: Sheet | None
-    arrays: tuple[Sheet, ...]
-    seed: Any = None  # two numbers
-    bias: Sheet | None = None  # of rows or of columns
 
 
 class Tile(NamedTuple):
@@ -55,13 +37,21 @@ class Tile(NamedTuple):
         """Products of queries with keys, of references to shared memory."""
         return product(by_key, by_query.T) if self.queries else product(by_query, by_key.T)
 
-    def scores(self, found: dict):
-        """(what softcap bounds, within [-1, 1]; scores in base 2), of what is ready."""
-        bent, y = self._capped(self.products(found["q"], found["k"]))
-        bias = found["bias"][...] if "bias" in found else None
-        bias = self.read(self.asked.bias, y.shape) if self.asked.bias else bias
-        y = y if bias is None else y + bias.astype(jnp.float32) * LOG2E
-        return bent, self._masked(y) if self.partial else y
+    def scores(self, found: dict) -> jax.Array:
+        """Scores in base 2, of what is ready."""
+        _, y = self._raw(found)
+        if self.options.score_mod is not None:
+            y = score_mods.modified(*self._modification(y)) * LOG2E
+        return self._masked(y) if self.partial else y
+
+    def sloped(self, found: dict) -> tuple[Slopes, jax.Array]:
+        """(what gradients are multiplied by, scores in base 2), of what is ready."""
+        bent, y = self._raw(found)
+        slopes = Slopes(bent)
+        if self.options.score_mod is not None:
+            y, *slopes = score_mods.with_slopes(*self._modification(y))
+            y, slopes = y * LOG2E, Slopes(bent, *slopes)
+        return slopes, self._masked(y) if self.partial else y
 
     def dropping(self, shape: tuple[int, int]) -> Callable:
         """The function that drops entries of a tile, and grows the others."""
@@ -81,13 +71,27 @@ class Tile(NamedTuple):
         """The part of a sheet."""
         return sheet.read(self.step.place.b, self.step.place.n, self.step.begin, shape)
 
-    def _capped(self, products):
-        scale, softcap = self.options.scale * LOG2E, self.options.softcap
+    def _raw(self, found):
+        """(what softcap bounds; scores with bias, in base 2 unless they are to be modified)."""
+        unit = LOG2E if self.options.score_mod is None else 1.0
+        bent, y = self._capped(self.products(found["q"], found["k"]), unit)
+        bias = found["bias"][...] if "bias" in found else None
+        bias = self.read(self.asked.bias, y.shape) if self.asked.bias else bias
+        return bent, y if bias is None else y + bias.astype(jnp.float32) * unit
+
+    def _modification(self, y):
+        """(score_mod, all that it takes)."""
+        asked, read = self.asked, lambda sheet: self.read(sheet, y.shape)
+        of_heads = (tuple(map(read, x)) for x in (asked.factors, asked.numbers))
+        return self.options.score_mod, y, read(asked.t), read(asked.s), *of_heads
+
+    def _capped(self, products, unit):
+        scale, softcap = self.options.scale, self.options.softcap
         if softcap is None:
-            return None, products * scale
+            return None, products * (scale * unit)
         # the hardware's own tanh has 11 bits
-        bent = 1 - 2 / (1 + jnp.exp2(products * (2 * scale / softcap)))
-        return bent, bent * (softcap * LOG2E)
+        bent = 1 - 2 / (1 + jnp.exp2(products * (2 * scale * LOG2E / softcap)))
+        return bent, bent * (softcap * unit)
 
     def _masked(self, y):
         """Scores of a partial tile, -inf where a query doesn't see."""
@@ -120,11 +124,6 @@ def factor(x: jax.Array, dtype) -> jax.Array:
     half, rest = 1 << 12, (1 << 13) - 1
     bits = lax.bitcast_convert_type(x, jnp.int32) + half
     return lax.bitcast_convert_type(bits & ~rest, jnp.float32)
-
-
-def bend(bent: jax.Array | None, dy: jax.Array) -> jax.Array:
-    """The gradient of scaled products, from that of scores."""
-    return dy if bent is None else dy * (1 - bent * bent)
 
 
 def along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:

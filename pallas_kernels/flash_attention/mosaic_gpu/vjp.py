@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import vjp
-from pallas_kernels.flash_attention.mosaic_gpu import backward, biases, forward
+from pallas_kernels.flash_attention import vjp, whole
+from pallas_kernels.flash_attention.mosaic_gpu import backward, biases, factors, forward
 from pallas_kernels.flash_attention.mosaic_gpu import part as parts
 from pallas_kernels.flash_attention.mosaic_gpu import sheet as sheets
 from pallas_kernels.flash_attention.mosaic_gpu import walk as walks
@@ -62,10 +62,12 @@ def _backward(static, residuals, cotangents):
         of_bias = functools.partial(call, walk=states)
         dbias = _of_bias(of_bias, learned.bias, *(x.shape[1] for x in learned[:2]))
     dsinks = None if learned.sinks is None else vjp.of_sinks(learned.sinks, lse, delta)
-    return vjp.Learned(*grads, dbias, dsinks), None
+    dfactors = call(factors.of_heads, "row") if learned.factors else ()
+    return vjp.Learned(*grads, dbias, dsinks, dfactors), None
 
 
 attend.defvjp(_forward, _backward)
+attend_to_part = whole.part_of(_backward)
 
 
 def _tiles(length):
@@ -83,14 +85,16 @@ def _asked(static, learned, given, over):
     """(what a kernel over rows or columns reads from global memory, the bias of each score)."""
     options, sizes = static.options, tuple(_tiles(x.shape[1]) for x in learned[:2])
     lay = lambda x: sheets.lay(x, sizes, over)
-    needed = options.visible or options.keep
+    needed = options.visible or options.keep or options.score_mod
     at = lambda x, shape: lay(jnp.asarray(x, jnp.int32).reshape(shape)) if needed else None
     t, s = at(given.t, (1, 1, -1, 1)), at(given.s, (1, 1, 1, -1))
     arrays = tuple(map(lay, given.arrays))
     bias = None if learned.bias is None else lay(learned.bias)
+    of_heads = (tuple(map(sheets.of_heads, x)) for x in (learned.factors, given.numbers))
+    asked = Asked(t, s, arrays, given.seed, bias, *of_heads)
     if bias is None or len(bias.axes) == 1:
-        return Asked(t, s, arrays, given.seed, bias), {}
-    return Asked(t, s, arrays, given.seed), {"bias": Part(bias.array, bias.axes)}
+        return asked, {}
+    return asked._replace(bias=None), {"bias": Part(bias.array, bias.axes)}
 
 
 def _of_bias(call, bias, T, S):

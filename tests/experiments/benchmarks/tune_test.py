@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from attnjax.ops import tuning
@@ -24,7 +26,7 @@ DENSE, SMALL, LARGE = (
 
 def test_a_table_is_measured_and_written(tmp_path, capsys, monkeypatch):
     found = [DENSE, SMALL, LARGE, tuning.Candidate("x")]
-    monkeypatch.setitem(tuning._CANDIDATES["dot_product_attention"], "cpu", found)
+    monkeypatch.setitem(tuning.CANDIDATES["dot_product_attention"], "cpu", found)
     out = tmp_path / "cpu.json"
     sizes = dict(operations=("dot_product_attention",), lengths=(16,), head_dims=(8,), heads=1)
     config = tune.Config(**sizes, runs=1, seconds=0.0, out=out)
@@ -45,6 +47,32 @@ def test_chunks_of_recurrences_are_candidates(operation):
     case = dataclasses.replace(CASE, operation=operation, length=130)
     found, refused = tune.distinct(case, tuning.arrays(case, 1))
     assert set(found) == set(tuning.candidates(case)) and len(found) == 3 and not refused
+
+
+NEW = {  # operation -> (length, how many of its candidates differ)
+    "block_sparse_attention": (64, 3),
+    "decode_attention": (1024, 5),
+    "neighborhood_attention": (64, 1),
+}
+
+
+@pytest.mark.parametrize("operation", NEW)
+def test_candidates_differ_and_run(operation):
+    length, count = NEW[operation]
+    case = dataclasses.replace(CASE, operation=operation, length=length)
+    arrays = tuning.arrays(case, 4)
+    found, refused = tune.distinct(case, arrays)
+    assert len(found) == count and not refused
+    step = list(found[tuning.Candidate("xla")].values())[-1]
+    for x in jax.tree.leaves(jax.jit(step)(*arrays)):  # gradients, but of decoding the output
+        assert jnp.isfinite(x).all() and (x != 0).mean() > 0.9
+
+
+def test_quick_measures_what_has_no_gradient_and_what_has_no_choice(capsys):
+    names = "decode_attention", "neighborhood_attention"
+    assert tune.run(tune.Config(operations=names, head_dims=(8,), heads=1, quick=True)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([x for x in lines if x.endswith("nothing to choose from")]) == 4
 
 
 def test_rows_are_from_the_fastest_on_one_of_each_implementation():
