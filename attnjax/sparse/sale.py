@@ -88,7 +88,10 @@ def select(
             f"{threshold=} and {local=} must be at least 0, {block_q=} and {block_k=} at least 1"
         )
     if np.size(threshold) not in (1, q.shape[2]):
-        raise ValueError(f"{threshold=} must be one number, or one for each of {q.shape[2]} heads")
+        raise ValueError(
+            f"{threshold=} must be one number, or one for each of {q.shape[2]} heads, and an array "
+            "to be split with them"
+        )
     q, k = (x.astype(jnp.float32) for x in lax.stop_gradient((q, k)))
     k = k - k.mean(1, keepdims=True)  # the same for all scores of a query: no weight changes
     always, reach = _always(q.shape[1], block_q, block_k, local)
@@ -153,7 +156,9 @@ class Sale(attention.KeyValueAttention):
     ) -> Float[Array, "B T D"]:
         """Attention of x to itself."""
         q, k, v = self._project(x, jnp.arange(x.shape[1]))
-        options = dict(threshold=self.threshold, local=self.local)
+        several = isinstance(self.threshold, tuple)  # an array can be split with the heads
+        threshold = jnp.asarray(self.threshold) if several else self.threshold
+        options = dict(threshold=threshold, local=self.local)
         options |= dict(block_q=self.block_q, block_k=self.block_k)
         return self.out(self.attend(q, k, v, mask=mask, **options), x.shape[-1])
 
