@@ -82,9 +82,8 @@ def test_a_causal_ring_counts_the_tiles_that_each_device_computes(target, tile):
     side = length // 4 // tile  # tiles of a piece along each axis
     each = side**2 * 2 * tile**2 * D * L  # one product of all heads, with each of its tiles
     last, mean = 3 + (side + 1) / (2 * side), 1.5 + (side + 1) / (2 * side)
-    # forward 2 products, again in the backward pass, and there 7 by kernels (two of which compute
-    # weights) or 5 by loops
-    products = 2 + 2 + (7 if target.startswith("v5e") else 5)
+    # forward 2 products, backward 7 by kernels (two of which compute weights) or 5 by loops
+    products = 2 + (7 if target.startswith("v5e") else 5)
     matrices = 6 * MATRICES * length // 4
     assert count.flops == pytest.approx(matrices + products * each * last, rel=0.03)
     assert count.mean_flops == pytest.approx(matrices + products * each * mean, rel=0.03)
@@ -98,7 +97,7 @@ def test_zigzag_evens_out_what_devices_compute_on_a_pod():
     assert not count.unknown and not count.kernels_in_full
     assert count.flops == pytest.approx(count.mean_flops)
     each = 2 * piece**2 * D * L  # one product of all heads and of two whole pieces
-    half, products = 16 / 2, 2 + 2 + 2 + 7  # forward twice, and in the backward pass once more
+    half, products = 16 / 2, 2 + 2 + 7  # forward twice, and backward
     # of tiles of 1024 those on the diagonal are computed whole: two in each of a piece's halves
     diagonal = 4 / 2 * (1024 / piece) ** 2
     matrices = 6 * MATRICES * piece
