@@ -27,12 +27,18 @@ def shard(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     *,
     axis: str = "context",
+    by_tokens: bool = True,
 ) -> Callable:
     """`record.fn` with its sequence split over the mesh axis `axis`: same arguments, same result.
 
     strategy is a name with options; None is the first that the record names. `tensor` splits heads
     in the place of the sequence, and `latent` the slices of a latent. A length that doesn't divide
     is filled up within; a batch or heads that don't divide are kept whole in each device.
+
+    `tensor` and `latent` are told with by_tokens=False that arrays come, and the output goes, with
+    heads or slices over the axis: then nothing is sent. Else tokens lie over it outside, and the
+    compiler is told so. It must be: where it finds out by itself (XLA of jax 0.11.2 to 0.12.0.1), a
+    projection of heads with one matrix for all of them has wrong gradients.
 
     Raises ValueError for a strategy that is none of the record's `strategies`, an option that it
     hasn't, an axis that the mesh lacks, or a record that is no mechanism. The new function raises
@@ -48,7 +54,10 @@ def shard(
         multiple = local.multiple(mesh.shape[axis], call)
         places = layout.Places(mesh, axis, call, multiple=multiple, over=local.over)
         local.check(record, call, places)
-        call = places.fill_up(call)
+        told = by_tokens and local.over != split.TOKENS
+        outside = places.by_tokens if told else lambda x, _: x
+        arrays = {name: outside(x, call.letters[name]) for name, x in call.arrays.items()}
+        call = places.fill_up(call._replace(arrays=arrays))
         leaves, tree = jax.tree.flatten(call.mask)
 
         def body(arrays, leaves):
@@ -61,7 +70,10 @@ def shard(
 
         specs = places.of_arrays(call), places.of_mask(call.mask)
         run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=places.of_output(call))
-        return places.cut(run(call.arrays, leaves), call)
+        out = places.cut(run(call.arrays, leaves), call)
+        if isinstance(out, tuple):  # with a state
+            return outside(out[0], call.letters["return"]), *out[1:]
+        return outside(out, call.letters["return"])
 
     return sharded
 

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax.core import masks
@@ -82,6 +83,15 @@ class Places:
     def of_arrays(self, call: split.Call) -> dict[str, P]:
         """Of the arrays of a call that is filled up."""
         return {name: P(*map(self._axes.get, call.letters[name])) for name in call.arrays}
+
+    def by_tokens(self, x: jax.Array, letters: tuple[str, ...]) -> jax.Array:
+        """x, of which the compiler is told that its tokens lie over the axis, if they divide."""
+        if not set(letters) & set(split.TOKENS):
+            return x
+        free, along = P.UNCONSTRAINED, lambda n: self.axis if n % self.size == 0 else None
+        pairs = zip(letters, x.shape, strict=True)
+        spec = P(*(along(n) if letter in split.TOKENS else free for letter, n in pairs))
+        return lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
 
     def of_mask(self, mask: masks.Mask | None) -> list[P]:
         """Of the arrays in a mask, which are (B L) or (B N ...)."""

@@ -1,4 +1,4 @@
-"""Heads over devices, each with all tokens: nothing is sent, and the output has all heads.
+"""Heads over devices, each with all tokens: nothing is sent where arrays lie so outside.
 
 Any mechanism whose heads don't know of each other is called as it is, with any mask and option.
 With every strategy heads lie over the mesh axis `tensor`; here they lie over `axis` as well, in the

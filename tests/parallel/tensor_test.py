@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -25,10 +26,28 @@ def test_heads_lie_over_both_axes():
 
 def test_nothing_is_sent_and_each_device_has_its_heads():
     q, k, v = qkv()
-    fn = functools.partial(parallel.shard("tensor", GQA, helpers.mesh(context=4)), mask=CAUSAL)
+    by_heads = parallel.shard("tensor", GQA, helpers.mesh(context=4), by_tokens=False)
+    fn = functools.partial(by_heads, mask=CAUSAL)
     assert traffic.sent(fn, dict(q=q, k=k, v=v)) == 0
     out = jax.jit(fn)(q, k, v)
     assert {shard.data.shape for shard in out.addressable_shards} == {(2, 8, 2, 3)}
+
+
+def test_one_matrix_for_all_heads_has_its_gradient():
+    """Of tokens over devices: the compiler, left to itself, adds up some of it only."""
+    mesh = helpers.mesh(data=2, context=2)
+    place = jax.NamedSharding(mesh, jax.P("data", "context"))
+    x, first, second = helpers.normal((4, 32, 16), (16, 4, 8), (8, 8))
+    k, v = helpers.normal((4, 32, 4, 8), (4, 32, 4, 8))
+
+    def gradients(fn, x):
+        heads = lambda w: jnp.einsum("BTD,DNH->BTNH", x, w[0]) @ w[1]
+        return jax.grad(lambda w: (fn(heads(w), k, v) ** 2).sum())((first, second))
+
+    fn = parallel.shard("tensor", GQA, mesh)
+    expected = gradients(GQA.fn, x)
+    actual = jax.jit(functools.partial(gradients, fn))(jax.device_put(x, place))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("axis", ["context", "tensor"])
