@@ -4,9 +4,9 @@
 
 Each trains small models on eight emulated devices (data=2, context=4), a language model where it is
 causal and a vision transformer, and its loss at each step is compared with that of one device. The
-exit code is 1 where one differs by more than 1e-5, relatively, and by more than a rounding of the
-parameters makes of it. `--only gqa swin` takes a few mechanisms, all take about half an hour on a
-core. Tests run some on four devices.
+exit code is 1 where one differs by more than 1e-5, relatively, and by more than three times what a
+rounding of the parameters makes of it. `--only gqa swin` takes a few mechanisms; all take about an
+hour on a core. Tests run some on four devices.
 """
 
 import argparse
@@ -55,8 +55,8 @@ Written by `python -m tests.experiments.fifty_steps`; do not edit.
 Every mechanism that has strategies of [context parallelism](context_parallelism.md), under each of
 them, in small models: {STEPS} steps of AdamW on eight emulated devices (`--mesh.data 2
 --mesh.context 4`) and on one, from the same parameters. *Difference* is the largest of all {STEPS}
-steps, relative to the loss of one device. At most {BOUND:g} is asked for, or what becomes on one
-device of *a rounding*: every second parameter changed in its last bit before the first step.
+steps, relative to the loss of one device. At most {BOUND:g} is asked for, or three times what
+becomes there of *a rounding*: every second parameter changed in its last bit before the first step.
 
 | mechanism | model | strategy | loss at first | at last | a rounding | difference |
 |---|---|---|---|---|---|---|"""
@@ -135,8 +135,8 @@ class Trained:
 
     @property
     def holds(self) -> bool:
-        """Whether several devices do what one does, as closely as can be told."""
-        return isinstance(self.found, str) or self.found <= max(BOUND, self.rounded)
+        """Whether several devices do what one does, as closely as a rounding lets it be told."""
+        return isinstance(self.found, str) or self.found <= max(BOUND, 3 * self.rounded)
 
     def cells(self):
         """As they stand in the page."""
