@@ -82,7 +82,7 @@ def losses(placed, state, batches):
     return np.array(jax.device_get(measured))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def on_one_device(config):
     """(what makes a state before the first step, losses, those from rounded parameters)."""
     placed, batches = prepare(config, sharding.make_mesh(devices=jax.devices()[:1]))
@@ -175,8 +175,11 @@ def main() -> int:
         for strategy in _ORDERS.get(each, (each,))
     ]
     print(_HEAD)
-    hold = True
+    hold, before = True, None
     for name, config, strategy in rich.progress.track(cases, console=_TERMINAL):
+        if name != before:
+            jax.clear_caches()  # a process can't hold the programs of all mechanisms
+        before = name
         trained = train(config, strategy)
         hold &= trained.holds
         kind = "LM" if config.task == LM.task else "ViT"
