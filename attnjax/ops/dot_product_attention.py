@@ -107,6 +107,9 @@ def part_of_attention(
     The others, and what is raised, are those of `dot_product_attention`; reverse mode only.
     """
     _check(q, k, v, bias, implementation, positions, 0)
+    wanted = (*q.shape[:3], v.shape[-1]), q.shape[:3]
+    if (found := tuple(x.shape for x in whole)) != wanted:
+        raise ValueError(f"whole of shapes {found} must have shapes {wanted}")
     options = dict(mask=mask, bias=bias, scale=scale, softcap=softcap)
     options |= dict(sinks=None, dropout=dropout, score_mod=score_mod, whole=whole)
     return _placed(

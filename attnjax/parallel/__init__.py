@@ -41,12 +41,16 @@ def shard(
     projection of heads with one matrix for all of them has wrong gradients.
 
     Raises ValueError for a strategy that is none of the record's `strategies`, an option that it
-    hasn't, an axis that the mesh lacks, or a record that is no mechanism. The new function raises
-    NotImplementedError for arguments that the strategy can't honour, saying what would work.
+    hasn't, an axis that the mesh lacks, by_tokens=False of a strategy that splits tokens, or a
+    record that is no mechanism. The new function raises NotImplementedError for arguments that the
+    strategy can't honour, saying what would work.
     """
     local = _load(strategy, record)
     if axis not in mesh.shape:
         raise ValueError(f"{axis=} must be one of the mesh's {', '.join(mesh.axis_names)}")
+    splits_tokens = local.over == split.TOKENS
+    if splits_tokens and not by_tokens:
+        raise ValueError(f"by_tokens=False is for tensor and latent: {strategy} splits tokens")
 
     @functools.wraps(record.fn)
     def sharded(*args, **options):
@@ -54,8 +58,7 @@ def shard(
         multiple = local.multiple(mesh.shape[axis], call)
         places = layout.Places(mesh, axis, call, multiple=multiple, over=local.over)
         local.check(record, call, places)
-        told = by_tokens and local.over != split.TOKENS
-        outside = places.by_tokens if told else lambda x, _: x
+        outside = places.by_tokens if by_tokens and not splits_tokens else lambda x, _: x
         arrays = {name: outside(x, call.letters[name]) for name, x in call.arrays.items()}
         call = places.fill_up(call._replace(arrays=arrays))
         leaves, tree = jax.tree.flatten(call.mask)

@@ -1,6 +1,7 @@
 """Gradients by parts of the keys add up to those by all of them."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -74,3 +75,10 @@ def test_gradients_of_parts_add_up(implementation):
         for (name, x), y in zip(first[1].items(), second[1].values(), strict=True)
     }
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_whole_of_another_shape_is_refused():
+    whole = jnp.zeros((2, T, 4, 6)), jnp.zeros((2, 4, T))
+    attend = inspect.unwrap(ops.part_of_attention)  # as users run it
+    with pytest.raises(ValueError, match=r"whole of shapes .* must have shapes"):
+        call(functools.partial(attend, whole=whole), LEARNED, np.arange(S))

@@ -90,3 +90,8 @@ def test_refuses(sizes, options, message):
     fn = parallel.shard("tensor", record, helpers.mesh(context=4))
     with pytest.raises(NotImplementedError, match=message):
         fn(*qkv(**sizes), **options)
+
+
+def test_only_what_splits_no_tokens_can_be_told_how_they_lie():
+    with pytest.raises(ValueError, match="by_tokens=False is for tensor and latent: ring splits"):
+        parallel.shard("ring", GQA, helpers.mesh(context=4), by_tokens=False)
