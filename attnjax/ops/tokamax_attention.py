@@ -14,10 +14,10 @@ what its kernels stop at while they compile:
 """
 
 import jax
-import numpy as np
 from jax.extend import backend
 
 from attnjax.core import masks
+from attnjax.ops import plain_case
 from pallas_kernels import hopper
 
 _DTYPES = ("bfloat16",)
@@ -39,9 +39,7 @@ def tokamax_attention(
     than 1 GiB, which forward passes can't be told from; and where there is no tokamax.
     """
     options = dict(bias=bias, sinks=sinks, dropout=dropout, score_mod=score_mod)
-    if asked := [name for name, option in options.items() if option is not None]:
-        raise NotImplementedError(f"tokamax can't honour {', '.join(asked)}")
-    _check_positions(t, s, mask)
+    plain_case.check(t, s, mask, by="tokamax", **options)
     _check_arrays(q, k, v, platform)
     _check_device(platform)
     try:
@@ -58,22 +56,12 @@ def tokamax_attention(
     return tokamax.dot_product_attention(q, k, v, implementation="mosaic", **options), None
 
 
-def _check_positions(t, s, mask):
-    masks.select(mask, masks.Causal, by="tokamax")
-    for x in (t, s):
-        if not (isinstance(x, np.ndarray) and np.array_equal(x, np.arange(len(x)))):
-            raise NotImplementedError("tokamax can't honour positions that don't count up from 0")
-    if mask is not None and len(t) != len(s):
-        raise NotImplementedError(
-            f"tokamax's causal mask is for as many keys as queries, not {len(s)} and {len(t)}"
-        )
-    if len(t) % _TILE or len(s) % _TILE:
-        raise NotImplementedError(
-            f"tokamax's kernels take multiples of {_TILE}, not {len(t)} queries and {len(s)} keys"
-        )
-
-
 def _check_arrays(q, k, v, platform):
+    T, S = q.shape[1], k.shape[1]
+    if T % _TILE or S % _TILE:
+        raise NotImplementedError(
+            f"tokamax's kernels take multiples of {_TILE}, not {T} queries and {S} keys"
+        )
     names = sorted({x.dtype.name for x in (q, k, v)})
     if len(names) > 1 or names[0] not in _DTYPES:
         raise NotImplementedError(

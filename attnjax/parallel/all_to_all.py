@@ -21,7 +21,7 @@ def _check(record, call, places):
 def _run(record, call, places):
     heads = Heads.of(places, places.size)
     here, letters = heads.enter(call), call.letters["return"]
-    lengths = {letter: places.sizes[letter] for letter in ("T", "S", "I") if letter in places.sizes}
+    lengths = {letter: places.sizes[letter] for letter in split.SEQUENCES if letter in places.sizes}
     arrays = {name: _cut(x, call.letters[name], lengths) for name, x in here.arrays.items()}
     out = split.apply(record.fn, here._replace(arrays=arrays))
     o, *state = out if isinstance(out, tuple) else (out,)
@@ -79,7 +79,7 @@ class Heads(NamedTuple):
             x = jnp.repeat(x, self.repeat, letters.index("K"))
         axes = list(enumerate(letters))
         heads = [i for i, a in axes if a == "N" or (a == "K" and x.shape[i] > 1)]
-        tokens = [i for i, a in axes if a in ("T", "S", "I")]
+        tokens = [i for i, a in axes if a in split.SEQUENCES]
         options = dict(tiled=True, axis_index_groups=self._groups)
         if heads and tokens:
             return lax.all_to_all(x, self.axis, heads[0], tokens[0], **options)

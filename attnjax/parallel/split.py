@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from attnjax.core import masks, registry
 
 COLUMNS = "columns"  # S where it stands beside T
-# letters of sequences, of the first axis of a grid and of runs of queries that choose as one
-TOKENS = ("T", "S", "X", "I")
+SEQUENCES = ("T", "S", "I")  # letters of queries, keys, and runs of queries that choose as one
+TOKENS = (*SEQUENCES, "X")  # and of the first axis of a grid
 HEADS = ("N", "K")
 
 

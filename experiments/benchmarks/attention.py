@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     ours = ("default", "pallas", "blocked") if large else ("blocked", "dense")
     most = config.largest_dense
     most = (16384 if large else 8192) if most is None else most
-    entries = functools.partial(attention.entries, ours=ours, peers=config.peers, most=most)
+    entries = functools.partial(attention.entries, ours=ours, most=most)
     return benchmark_run.run("attention", config, cases(config), entries, ours=ours[0])
 
 

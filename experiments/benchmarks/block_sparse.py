@@ -57,8 +57,7 @@ class Case(benchmark_cases.Case):
 
 def run(config: Config) -> int:
     """Measures, prints a table and writes the files; 2 for a torch_python that has no torch."""
-    find = lambda case, torch: entries(case, torch, peers=config.peers)
-    return benchmark_run.run("block_sparse", config, cases(config), find, ours="xla")
+    return benchmark_run.run("block_sparse", config, cases(config), entries, ours="xla")
 
 
 def cases(config: Config) -> list[Case]:

@@ -52,9 +52,8 @@ class Case(benchmark_cases.Case):
 
 def run(config: Config) -> int:
     """Measures, prints a table and writes the files; 2 for a torch_python that has no torch."""
-    find = lambda case, torch: entries(case, torch, peers=config.peers)
     unit = benchmark_run.UNITS[1]
-    return benchmark_run.run("decode", config, cases(config), find, ours="xla", unit=unit)
+    return benchmark_run.run("decode", config, cases(config), entries, ours="xla", unit=unit)
 
 
 def cases(config: Config) -> list[Case]:

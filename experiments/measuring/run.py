@@ -59,7 +59,7 @@ def run(
     benchmark: str,
     config: Options,
     cases: Sequence[Any],
-    entries: Callable[[Any, torch_peer.Torch], dict[str, turns.Entry]],
+    entries: Callable[..., dict[str, turns.Entry]],
     *,
     ours: str,
     unit: str = UNITS[0],
@@ -68,14 +68,16 @@ def run(
 
     Args:
       cases: dataclasses of what JSON can hold, whose str is short.
-      entries: the implementations of a case; those with PyTorch get it as the second argument.
+      entries: (case, torch, *, peers) -> the implementations of a case; those with PyTorch use
+        torch, and without peers there are ours alone.
       ours: the implementation that others are compared with.
       unit: of the rate at which `Entry.work` is done.
     """
     about = results.circumstances()  # the load is that before the first run
     try:
         with torch_peer.opened(config.torch_python) as torch:
-            rows = measure(config, cases, lambda case: entries(case, torch), ours)
+            find = lambda case: entries(case, torch, peers=config.peers)
+            rows = measure(config, cases, find, ours)
     except FileNotFoundError as error:
         print(f"attnjax benchmark: {error}", file=sys.stderr)
         return 2
