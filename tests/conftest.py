@@ -13,5 +13,9 @@ jax.config.update("jax_include_full_tracebacks_in_locations", False)  # a fifth 
 
 
 def pytest_collection_finish():
-    """What is imported by now stays, so the garbage collector need not go through it again."""
+    """What is imported by now stays, so the garbage collector need not go through it again.
+
+    Tracing makes many small objects and few cycles: by default it would look for those too often.
+    """
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)

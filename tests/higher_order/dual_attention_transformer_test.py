@@ -16,7 +16,7 @@ from tests import training
 from tests.initial import initial
 
 KEY = jax.random.key(0)
-EXAMPLE = jax.device_get(jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 7))
+EXAMPLE = jax.device_get(initial(lambda key: lib.SPEC.example(key, 7), KEY))
 run = jax.jit(lib.dual_attention_transformer, static_argnames="mask")
 
 

@@ -13,9 +13,10 @@ from attnjax.higher_order import multi_token_attention as lib
 from attnjax.ops import dot_product_attention as ops
 from tests import training
 from tests.cotangents import like
+from tests.initial import initial
 
 KEY = jax.random.key(0)
-EXAMPLE = jax.device_get(jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 9))
+EXAMPLE = jax.device_get(initial(lambda key: lib.SPEC.example(key, 9), KEY))
 
 
 def normal(*shape, seed=0):

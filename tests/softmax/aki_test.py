@@ -8,6 +8,7 @@ import numpy as np
 from attnjax.core import edit, masks
 from attnjax.ops import dot_product_attention as ops
 from attnjax.softmax import aki as lib
+from tests.initial import initial
 
 KEY = jax.random.key(0)
 T = 9
@@ -15,8 +16,8 @@ T = 9
 KINDS = jnp.array([[0, 1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0, 0, 0]])
 ARGS = lib.SPEC.example(KEY, T) | dict(kinds=KINDS)
 MODULE = lib.Aki(num_heads=2, head_dim=4, rotary_base=100.0)
-X = jax.random.normal(KEY, (2, T, 8))
-PARAMS = MODULE.init(KEY, X)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, T, 8)), jnp.float32)
+PARAMS = initial(MODULE.init, KEY, X)
 
 
 def test_the_mask_opens_from_images_to_questions_alone():

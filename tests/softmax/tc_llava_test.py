@@ -8,16 +8,17 @@ import numpy as np
 from attnjax.core import edit, masks, positions, registry
 from attnjax.ops import dot_product_attention as ops
 from attnjax.softmax import tc_llava as lib
+from tests.initial import initial
 
 KEY = jax.random.key(0)
 T = 9
 #                    text    a frame   another  text
 FRAMES = jnp.array([[-1, -1, 5, 5, 5, 6, 6, -1, -1], [0, 0, 1, 1, 2, 2, 2, -1, -1]])
 TIMES = jnp.array([[0, 1, 2, 2, 2, 3, 3, 4, 5], [0, 0, 1, 1, 2, 2, 2, 3, 4]])
-ARGS = lib.SPEC.example(KEY, T) | dict(times=TIMES)
+ARGS = initial(lambda key: lib.SPEC.example(key, T), KEY) | dict(times=TIMES)
 MODULE = lib.TcLlava(num_heads=2, head_dim=4)
-X = jax.random.normal(KEY, (2, T, 8))
-PARAMS = jax.jit(MODULE.init)(KEY, X)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, T, 8)), jnp.float32)
+PARAMS = initial(MODULE.init, KEY, X)
 
 
 def weights(times, **options):

@@ -12,7 +12,7 @@ from tests.cotangents import like
 from tests.initial import initial
 
 KEY = jax.random.key(0)
-ARGS = jax.device_get(jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 4))
+ARGS = jax.device_get(initial(lambda key: lib.SPEC.example(key, 4), KEY))
 SCAN = ("select", "widen", "bias", "log_rate", "skip")
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from attnjax.core import registry
 from attnjax.ssm import lamamba_diff as lib
 from tests.cotangents import like
+from tests.initial import initial
 
 KEY = jax.random.key(0)
-ARGS = jax.device_get(jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 9))  # a grid of 9 x 3
+ARGS = jax.device_get(initial(lambda key: lib.SPEC.example(key, 9), KEY))  # a grid of 9 x 3
 M = ARGS["modulation"]
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from attnjax.ssm import mamba as lib
+from tests.initial import initial
 
 KEY = jax.random.key(0)
-ARGS = jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 12)
+ARGS = initial(lambda key: lib.SPEC.example(key, 12), KEY)
 CONSTANT = jnp.zeros((2, 4, 7)).at[:, 0].set(ARGS["select"][:, 0])  # all is chosen by channel 0
 
 

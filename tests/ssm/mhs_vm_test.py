@@ -10,11 +10,12 @@ import pytest
 
 from attnjax.core import selection
 from attnjax.ssm import mhs_vm as lib
+from tests.initial import initial
 
 KEY = jax.random.key(0)
 
 
-ARGS = jax.device_get(jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 3))
+ARGS = jax.device_get(initial(lambda key: lib.SPEC.example(key, 3), KEY))
 
 
 @functools.cache

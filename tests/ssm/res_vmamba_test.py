@@ -7,9 +7,10 @@ import pytest
 
 from attnjax.ssm import res_vmamba as lib
 from tests.cotangents import like
+from tests.initial import initial
 
 KEY = jax.random.key(0)
-ARGS = jax.device_get(jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 4))  # a grid of 4 x 3
+ARGS = jax.device_get(initial(lambda key: lib.SPEC.example(key, 4), KEY))  # a grid of 4 x 3
 WEIGHTS = {name: w for name, w in ARGS.items() if name != "u"}
 SHARED = {name: np.broadcast_to(w[:1], w.shape) for name, w in WEIGHTS.items()}
 run = jax.jit(lib.res_vmamba)

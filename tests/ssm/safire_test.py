@@ -9,9 +9,10 @@ import pytest
 
 from attnjax.core import masks
 from attnjax.ssm import safire as lib
+from tests.initial import initial
 
 KEY = jax.random.key(0)
-ARGS = jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 8)  # 8 cells and 8 tokens
+ARGS = initial(lambda key: lib.SPEC.example(key, 8), KEY)  # 8 cells and 8 tokens
 REST = ARGS | dict(saccade=jnp.zeros((2, 4, 8)))
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from attnjax.core import registry
 from attnjax.ssm import segman as lib
+from tests.initial import initial
 
 KEY = jax.random.key(0)
-ARGS = jax.jit(lib.SPEC.example, static_argnums=1)(KEY, 9)  # a grid of 9 x 3
+ARGS = initial(lambda key: lib.SPEC.example(key, 9), KEY)  # a grid of 9 x 3
 OFF = ARGS | dict(gain=jnp.zeros(4))
 
 
