@@ -4,9 +4,12 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from attnjax.core import torus
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = P(("data", "fsdp"), "context")  # of an array (B T ...)
@@ -34,8 +37,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the four axes of attnjax, each of the given size; all of them Auto.
 
-    An axis lies along whole axes of a TPU's torus where that is possible; else it takes a part
-    of one, so that some of its neighbours are further apart.
+    On TPUs the devices of `context` are rings of neighbours where that is possible (`core.torus`).
+    Else an axis lies along whole axes of the torus, or, where no product of them is of its size,
+    along a part of one, so that some of its neighbours are further apart.
 
     Raises ValueError where the sizes don't multiply to the number of devices.
     """
@@ -46,11 +50,23 @@ def make_mesh(
         named = " x ".join(f"{name}={n}" for name, n in zip(AXES, shape, strict=True))
         raise ValueError(f"mesh {named} needs {size} devices, there are {len(devices)}")
     types = (AxisType.Auto,) * 4
+    rings = _rings(devices, context, tensor)
+    if rings is not None:
+        return Mesh(rings.reshape(shape), AXES, axis_types=types)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # no product of whole axes of the torus is of that size
         split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(split, AXES, axis_types=types)
+
+
+def _rings(devices, context, tensor):
+    """Of TPUs, (groups context tensor), where a ring of neighbours can be had; else None."""
+    places = [getattr(device, "coords", None) for device in devices]
+    if context == 1 or None in places:
+        return None
+    rings = torus.in_rings(np.array(places), context, tensor)
+    return None if rings is None else np.array(devices, object)[rings]
 
 
 def partition_specs(params, rules=RULES):

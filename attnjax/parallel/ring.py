@@ -13,6 +13,7 @@ each device adds its part in float32.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -122,37 +123,46 @@ class _Pieces(NamedTuple):
         narrow = jax.tree.map(lambda g: g.astype(self.gradients), grads)
         return jax.tree.map(lambda g: g.astype(jnp.float32), self.ring.rotate(narrow, by))
 
-    def tour(self, visit, carry, kv):
-        """`carry = visit(i, rotations since the last visit, carry, kv)` for all steps."""
+    def tour(self, compute, merge, carry, kv):
+        """`carry = merge(i, carry, compute(i, rotations since the last, carry, kv))` for all steps.
+
+        Messages have arrived before anything is merged: a compiler that could hide them behind the
+        merging, which takes less time than they, would not let them leave before the computation.
+        """
         steps = self.steps
+
+        def visit(i, since, by, carry, kv):
+            found, kv = lax.optimization_barrier(
+                (compute(i, since, carry, kv), self.ring.rotate(kv, by))
+            )
+            return merge(i, carry, found), kv
+
         if len(steps) > 3 and steps == tuple(range(len(steps))):
-
-            def step(x, i):
-                carry, kv = x
-                return (visit(i, 1, carry, kv), self.ring.rotate(kv)), None
-
             # the first has no gradients to send yet, the last no keys to send on
-            x = visit(0, 0, carry, kv), self.ring.rotate(kv)
-            (carry, kv), _ = lax.scan(step, x, jnp.arange(1, len(steps) - 1))
-            return visit(steps[-1], 1, carry, kv)
-        for before, i in zip((0, *steps), steps, strict=False):  # few, or with gaps between
-            kv = self.ring.rotate(kv, i - before)
-            carry = visit(i, i - before, carry, kv)
-        return carry
+            x = visit(0, 0, 1, carry, kv)
+            x, _ = lax.scan(lambda x, i: (visit(i, 1, 1, *x), None), x, jnp.arange(1, steps[-1]))
+            return visit(steps[-1], 1, 0, *x)[0]
+        gaps = [after - before for before, after in itertools.pairwise((0, *steps))]
+        x = carry, self.ring.rotate(kv, steps[0])  # few, or with gaps between
+        for i, since, by in zip(steps, gaps, (*gaps[1:], 0), strict=True):
+            x = visit(i, since, by, *x)
+        return x[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(pieces, q, k, v, bias, captured, leaves):
-    def visit(i, _, carry, kv):
-        o, lse = carry
+    def compute(i, since, carry, kv):
         cut = _columns(bias, pieces.keys(i, kv[0]))
-        part, part_lse = pieces.piece(pieces.attend, i, leaves, q, *kv, cut, captured)
+        return pieces.piece(pieces.attend, i, leaves, q, *kv, cut, captured)
+
+    def merge(i, carry, found):
+        (o, lse), (part, part_lse) = carry, found
         total = jnp.logaddexp(lse, part_lse)
         keep, add = _share(lse, total), _share(part_lse, total)
         return o * keep + part * add, total
 
     o = blocked_arguments.zeros((*q.shape[:-1], v.shape[-1]), like=q)
-    o, lse = pieces.tour(visit, (o, o[..., 0] - jnp.inf), (k, v))
+    o, lse = pieces.tour(compute, merge, (o, o[..., 0] - jnp.inf), (k, v))
     return o.astype(v.dtype), lse
 
 
@@ -177,20 +187,22 @@ def _backward(pieces, residuals, cotangents):
     q, k, v, bias, captured = learned
     attend = functools.partial(pieces.attend_to_part, whole=(o, lse))
 
-    def visit(i, since, carry, kv):
-        dq, dbias, dcaptured, dkv = carry
-        s = pieces.keys(i, kv[0])
+    def compute(i, since, carry, kv):
+        *_, dkv = carry
         piece = functools.partial(pieces.piece, attend, i, leaves)
-        _, pull = jax.vjp(piece, q, *kv, _columns(bias, s), captured)
-        *grads, dcut, dmore = pull(cotangents)
-        arrived = pieces.send(dkv, since)  # beside the computation: it needs nothing of it
+        _, pull = jax.vjp(piece, q, *kv, _columns(bias, pieces.keys(i, kv[0])), captured)
+        return pull(cotangents), pieces.send(dkv, since)
+
+    def merge(i, carry, found):
+        (dq, dbias, dcaptured, _), ((*grads, dcut, dmore), arrived) = carry, found
         dq, *dkv = jax.tree.map(jnp.add, (dq, *arrived), tuple(grads))
         dcaptured = jax.tree.map(jnp.add, dcaptured, dmore)
-        return dq, _add_columns(dbias, dcut, s), dcaptured, tuple(dkv)
+        return dq, _add_columns(dbias, dcut, pieces.keys(i, k)), dcaptured, tuple(dkv)
 
     zeros = jax.tree.map(lambda x: blocked_arguments.zeros(x.shape, like=x), learned)
     dq, *dkv, dbias, dcaptured = zeros
-    dq, dbias, dcaptured, dkv = pieces.tour(visit, (dq, dbias, dcaptured, tuple(dkv)), (k, v))
+    carry = dq, dbias, dcaptured, tuple(dkv)
+    dq, dbias, dcaptured, dkv = pieces.tour(compute, merge, carry, (k, v))
     dk, dv = pieces.send(dkv, -pieces.steps[-1])  # home
     grads = [dq, dk, dv, dbias, dcaptured]
     return *jax.tree.map(lambda g, x: g.astype(x.dtype), grads, learned), None
