@@ -11,7 +11,6 @@ is tuned by measuring, as it would be on a GPU: there the executable isn't quite
 """
 
 import functools
-import math
 import os
 import pathlib
 import re
@@ -36,8 +35,8 @@ def devices(target: str) -> tuple[jax.Device, ...]:
         if chip in _TPUS and len(axes) == _TPUS[chip]:
             # libtpu would ask a cloud's servers which TPU this is
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-            # a host has 2 x 2 chips, or 1 along an axis that doesn't have them
-            host = [*(math.gcd(int(n), 2) for n in axes[:2]), 1]
+            # a host has 2 x 2 chips, or fewer where an axis has 1
+            host = [*(min(int(n), 2) for n in axes[:2]), 1]
             about = dict(chips_per_host_bounds=host)
             return tuple(topologies.get_topology_desc(target, "tpu", **about).devices)
         if chip == "h100" and len(axes) <= 2:
