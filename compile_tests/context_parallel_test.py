@@ -25,13 +25,16 @@ n = B * T // P * N * H * 2  # bfloat16
 
 
 @functools.cache
-def counted(strategy, mechanism="multi_head_attention", *, mask, decay=None):
-    """What a mechanism and its gradient do on each device."""
-    devices = plan_mesh.devices(TARGET)
-    mesh = sharding.make_mesh(context=P, devices=devices)
+def counted(
+    strategy, mechanism="multi_head_attention", *, mask, decay=None, target=TARGET, fsdp=1, P=P
+):
+    """What a mechanism and its gradient do on each device, each with as many tokens."""
+    devices = plan_mesh.devices(target)
+    mesh = sharding.make_mesh(fsdp=fsdp, context=P, devices=devices)
     fn = parallel.shard(strategy, registry.get(mechanism), mesh)
-    place = NamedSharding(mesh, Spec(None, "context"))
-    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=place)
+    place = NamedSharding(mesh, Spec("fsdp", "context"))
+    shape = B * fsdp, n // (B * N * H * 2) * P, N, H
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
 
     def gradients(q, k, v, do):
         options = dict(mask=mask) | ({} if decay is None else dict(log_decay=jnp.full(N, decay)))
@@ -39,12 +42,12 @@ def counted(strategy, mechanism="multi_head_attention", *, mask, decay=None):
         return o, pull(do)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = targets.compile_for(TARGET, gradients, x, x, x, x)
+        compiled = targets.compile_for(target, gradients, x, x, x, x)
     return plan_count.count(
         hlo.read(program.text(compiled)),
-        accelerators.of_target(TARGET),
+        accelerators.of_target(target),
         devices=range(P),
-        islands=[0] * P,
+        islands=[0] * len(devices),
     )
 
 
@@ -61,6 +64,15 @@ def test_a_ring_sends_to_its_neighbours_while_it_computes():
     permutes = count.collectives["collective-permute"]
     assert permutes.count == 2 * (3 + 2 + 3 + 1)
     assert permutes.exposed_bytes <= 2 * n  # home at most: nothing is left to compute then
+
+
+@pytest.mark.parametrize(("target", "fsdp", "P"), [("v5e:8x8", 8, 8), ("v5p:4x4x4", 4, 16)])
+def test_rotations_are_hidden_where_a_ring_has_a_part_of_a_pod(target, fsdp, P):
+    """Along a part of an axis of a v5e none would be, and half of a v5p's were hidden by less."""
+    count = counted("ring", mask=CAUSAL, target=target, fsdp=fsdp, P=P)
+    permutes = count.collectives["collective-permute"]
+    assert permutes.bytes == 2 * (4 * (P - 1)) * n
+    assert permutes.exposed_bytes <= 2 * n
 
 
 def test_zigzag_moves_tokens_once_and_evens_out_the_work():
