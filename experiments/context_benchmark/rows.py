@@ -28,6 +28,8 @@ class Place:
     def compiled(self, cell: context_cells.Cell) -> tuple[dict[str, Any], Callable | None]:
         """(the row of a cell, what runs it and gives its output and gradients if it may be run)."""
         row = dataclasses.asdict(cell)
+        if scores := self._too_many_scores(cell):
+            return row | {"refused": f"its scores alone would take {scores / 1e9:.1f} GB"}, None
         try:
             program = context_cells.Program.of(cell, self.sizes, self.devices)
             step = program.compile(self.target)
@@ -46,6 +48,15 @@ class Place:
             return row | {"not_run": f"its temporaries would take {needs:.1f} GB"}, None
         args = program.put(context_cells.arguments(cell, self.sizes))
         return row, lambda: jax.block_until_ready(step(*args))
+
+    def _too_many_scores(self, cell):
+        """Bytes of a whole matrix of scores that can't be had; its mask would be made here."""
+        dtype = np.dtype(self.sizes.dtype)
+        scores = self.sizes.heads * cell.length**2 * dtype.itemsize
+        room = self.gigabytes * 1e9
+        if self.target:
+            room = accelerators.of_target(self.target).memory
+        return scores if cell.implementation == "dense" and scores > room else 0
 
     def _islands(self, cell):
         """Of each device, its host, where a slower network is between hosts."""

@@ -122,6 +122,14 @@ def test_what_is_too_large_is_not_run():
     assert all(row["temporaries"] > 0 and "seconds" not in row for row in rows)
 
 
+@pytest.mark.parametrize(("target", "length"), [("", 2**20), ("v5e:4x4", 2**17)])
+def test_scores_that_nobody_can_hold_are_refused_before_their_mask_is_made(target, length):
+    cell, *_ = context_cells.of("dot_product_attention", "causal", length, (4,), ("dense",))[1:]
+    row, run = place(target=target, gigabytes=4.0).compiled(cell)
+    assert cell.implementation == "dense" and run is None
+    assert row["refused"] == f"its scores alone would take {2 * length**2 * FLOAT / 1e9:.1f} GB"
+
+
 def test_files(rows, tmp_path):
     out, about = tmp_path / "numbers.json", results.circumstances("", SIZES._asdict())
     longer = [row | {"length": 64} for row in rows]
