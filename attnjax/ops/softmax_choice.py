@@ -21,7 +21,7 @@ from attnjax.ops.forward_mode import with_forward_mode
 from pallas_kernels import flash_attention as kernels
 from pallas_kernels import placing, tables
 
-_DENSE_UP_TO = 512 * 512  # scores of one head; measured: docs/benchmarks/attention_cpu.json
+_DENSE_UP_TO = 256 * 256  # scores of one head, of devices without a table
 
 
 def by_name(implementation: str | None, *, return_lse: bool) -> Callable:

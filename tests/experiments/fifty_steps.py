@@ -4,9 +4,8 @@
 
 Each trains small models on eight emulated devices (data=2, context=4), a language model where it is
 causal and a vision transformer, and its loss at each step is compared with that of one device. The
-exit code is 1 where one differs by more than 1e-5, relatively, and by more than three times what a
-rounding of the parameters makes of it. `--only gqa swin` takes a few mechanisms; all take about an
-hour on a core. Tests run some on four devices.
+exit code is 1 where one differs by more than 1e-5, relatively. `--only gqa swin` takes a few
+mechanisms; all take about an hour on a core. Tests run some on four devices.
 """
 
 import argparse
@@ -27,7 +26,8 @@ from experiments import evaluation, learning, placement
 
 STEPS, BATCHES = 50, 5  # batches come round again, so that the loss falls within so few steps
 BOUND = 1e-5
-RATE = 5e-4  # of all mechanisms: with 3e-3 a rounding of parameters changes some losses by 1e-2
+RATES = 5e-4, 5e-5, 5e-6  # of learning: the first at which a rounding doesn't hide what is asked
+ROUNDING = 1.5e-5  # what it may make of a loss
 LM = configs.Experiment(
     task="mqar(vocab_size=32, length=32, num_pairs=4)",
     model="lm(features=16, depth=2, num_heads=4, mlp_ratio=2)",
@@ -55,11 +55,13 @@ Written by `python -m tests.experiments.fifty_steps`; do not edit.
 Every mechanism that has strategies of [context parallelism](context_parallelism.md), under each of
 them, in small models: {STEPS} steps of AdamW on eight emulated devices (`--mesh.data 2
 --mesh.context 4`) and on one, from the same parameters. *Difference* is the largest of all {STEPS}
-steps, relative to the loss of one device. At most {BOUND:g} is asked for, or three times what
-becomes there of *a rounding*: every second parameter changed in its last bit before the first step.
+steps, relative to the loss of one device; at most {BOUND:g} is asked for. *A rounding* is what
+becomes there of every second parameter changed in its last bit before the first step. Where it is
+more than {ROUNDING:g}, training is chaotic, and no two programs agree: learning is slower there, a
+tenth or a hundredth.
 
-| mechanism | model | strategy | loss at first | at last | a rounding | difference |
-|---|---|---|---|---|---|---|"""
+| mechanism | model | strategy | learning rate | loss at first | at last | a rounding | difference |
+|---|---|---|---|---|---|---|---|"""
 _TERMINAL = rich.console.Console(stderr=True)
 
 
@@ -91,6 +93,17 @@ def on_one_device(config):
     return placed.init, from_state(placed.init()), from_state(rounded(placed.init()))
 
 
+@functools.lru_cache(maxsize=2)
+def calm(config):
+    """The config with the first of RATES that isn't chaotic; the last where there is none."""
+    for rate in RATES:
+        config = dataclasses.replace(config, learning_rate=rate)
+        _, expected, rounded = on_one_device(config)
+        if difference(rounded, expected) <= ROUNDING:
+            break
+    return config
+
+
 def _round(x):
     """A parameter with every second number changed in its last bit."""
     return jnp.where(jnp.arange(x.size).reshape(x.shape) % 2 == 0, jnp.nextafter(x, 2 * x), x)
@@ -117,7 +130,7 @@ def models(name: str) -> list[configs.Experiment]:
     text = ", ".join(f"{key}={value!r}" for key, value in options.items())
     mixers = (f"{name}({text})",)
     mesh = configs.Mesh(data=2, context=4)
-    same = dict(mixers=mixers, mesh=mesh, learning_rate=RATE)
+    same = dict(mixers=mixers, mesh=mesh)
     lm = dataclasses.replace(LM, model=f"lm({sizes})", **same)
     vit = dataclasses.replace(VIT, model=f"vit({sizes}, patch=1)", **same)
     causal = record.layout == "sequence" and registry.Claim.CAUSAL in record.claims
@@ -128,6 +141,7 @@ def models(name: str) -> list[configs.Experiment]:
 class Trained:
     """What several devices made of a training, beside what one device makes of it."""
 
+    rate: float  # of learning
     first: float  # losses of one device
     last: float
     rounded: float  # difference that a rounding of the parameters makes there
@@ -135,26 +149,28 @@ class Trained:
 
     @property
     def holds(self) -> bool:
-        """Whether several devices do what one does, as closely as a rounding lets it be told."""
-        return isinstance(self.found, str) or self.found <= max(BOUND, 3 * self.rounded)
+        """Whether several devices do what one does."""
+        return isinstance(self.found, str) or self.found <= BOUND
 
     def cells(self):
         """As they stand in the page."""
         found = self.found if isinstance(self.found, str) else f"{self.found:.1e}"
-        return f"{self.first:.3f}", f"{self.last:.3f}", f"{self.rounded:.1e}", found
+        losses = f"{self.first:.3f}", f"{self.last:.3f}"
+        return f"{self.rate:.0e}", *losses, f"{self.rounded:.1e}", found
 
 
 def train(config: configs.Experiment, strategy: str) -> Trained:
     """One training under a strategy, beside that of one device."""
-    alone = dataclasses.replace(config, mesh=configs.Mesh(data=1))
+    alone = calm(dataclasses.replace(config, mesh=configs.Mesh(data=1)))
     init, expected, rounded = on_one_device(alone)
+    spread = dict(mesh=config.mesh, strategy=strategy)
     try:
-        actual = on_several(dataclasses.replace(config, strategy=strategy), init)
+        actual = on_several(dataclasses.replace(alone, **spread), init)
         found = difference(actual, expected)
     except NotImplementedError as error:
         found = f"refused: {error}"
     first, last = (float(x.mean()) for x in (expected[:BATCHES], expected[-BATCHES:]))
-    return Trained(first, last, difference(rounded, expected), found)
+    return Trained(alone.learning_rate, first, last, difference(rounded, expected), found)
 
 
 def main() -> int:

@@ -117,10 +117,10 @@ def test_one_block_that_comes_near_is_enough():
 
 def test_keys_that_are_not_read_are_not_computed():
     """A whole tile of unread values is not touched by the last group."""
-    q, k, v = helpers.normal(3, 1, 1024, 1, 8)
-    v[:, 500:800] = np.nan
-    o = run(q, k, v, theta=-np.inf, block=32, step=4)
-    assert np.isfinite(o[:, 896:]).all() and np.isnan(o[:, 500:800]).any()
+    q, k, v = helpers.normal(3, 1, 2048, 1, 8)
+    v[:, 1000:1600] = np.nan
+    o = run(q, k, v, theta=-np.inf, block=64, step=4)
+    assert np.isfinite(o[:, 1792:]).all() and np.isnan(o[:, 1000:1600]).any()
 
 
 def test_going_on_is_full_attention():

@@ -122,8 +122,8 @@ def test_the_second_filter_changes_little_and_skips_values():
 
 
 def test_a_block_that_no_query_chose_is_not_read():
-    tokens = 384  # more than the dense implementation takes
-    own = helpers.one_hot(np.arange(tokens) // 64, 8)[None, :, None]
+    tokens = 640  # more than the dense implementation takes
+    own = helpers.one_hot(np.arange(tokens) // 64, 10)[None, :, None]
     q, k = 40 * own, own
     q[:, 128:192] = 40 * own[:, :64]
     v = np.where(np.arange(tokens) // 64 == 2, np.float32(np.nan), 1)[None, :, None, None]
