@@ -27,7 +27,6 @@ from experiments import evaluation, learning, placement
 STEPS, BATCHES = 50, 5  # batches come round again, so that the loss falls within so few steps
 BOUND = 1e-5
 RATES = 5e-4, 5e-5, 5e-6  # of learning: the first at which a rounding doesn't hide what is asked
-ROUNDING = 1.5e-5  # what it may make of a loss
 LM = configs.Experiment(
     task="mqar(vocab_size=32, length=32, num_pairs=4)",
     model="lm(features=16, depth=2, num_heads=4, mlp_ratio=2)",
@@ -56,9 +55,9 @@ Every mechanism that has strategies of [context parallelism](context_parallelism
 them, in small models: {STEPS} steps of AdamW on eight emulated devices (`--mesh.data 2
 --mesh.context 4`) and on one, from the same parameters. *Difference* is the largest of all {STEPS}
 steps, relative to the loss of one device; at most {BOUND:g} is asked for. *A rounding* is what
-becomes there of every second parameter changed in its last bit before the first step. Where it is
-more than {ROUNDING:g}, training is chaotic, and no two programs agree: learning is slower there, a
-tenth or a hundredth.
+becomes there of every second parameter changed in its last bit before the first step. Where that is
+more than {BOUND:g}, training is chaotic, and no two programs agree: learning is slower there, a tenth
+or a hundredth.
 
 | mechanism | model | strategy | learning rate | loss at first | at last | a rounding | difference |
 |---|---|---|---|---|---|---|---|"""
@@ -99,7 +98,7 @@ def calm(config):
     for rate in RATES:
         config = dataclasses.replace(config, learning_rate=rate)
         _, expected, rounded = on_one_device(config)
-        if difference(rounded, expected) <= ROUNDING:
+        if difference(rounded, expected) <= BOUND:
             break
     return config
 
