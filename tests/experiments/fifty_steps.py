@@ -56,8 +56,8 @@ them, in small models: {STEPS} steps of AdamW on eight emulated devices (`--mesh
 --mesh.context 4`) and on one, from the same parameters. *Difference* is the largest of all {STEPS}
 steps, relative to the loss of one device; at most {BOUND:g} is asked for. *A rounding* is what
 becomes there of every second parameter changed in its last bit before the first step. Where that is
-more than {BOUND:g}, training is chaotic, and no two programs agree: learning is slower there, a tenth
-or a hundredth.
+more than {BOUND:g}, training is chaotic, and no two programs agree: learning is slower there, a
+tenth or a hundredth.
 
 | mechanism | model | strategy | learning rate | loss at first | at last | a rounding | difference |
 |---|---|---|---|---|---|---|---|"""

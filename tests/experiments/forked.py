@@ -56,13 +56,11 @@ class Process:
 
 
 def _run(writer, function, args) -> None:
-    import jax
+    from tests import settings
 
     for stream in (1, 2):
         os.dup2(writer.fileno(), stream)
     writer.close()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    settings.settle()
+    settings.collect_less_garbage()
     sys.exit(function(*args))

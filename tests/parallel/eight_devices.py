@@ -8,15 +8,16 @@ import sys
 
 import jax
 
+from tests import settings
+
+settings.settle()
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 
 def main():
     from tests.parallel import cells, ring_test
 
+    settings.collect_less_garbage()
     exact, refused, wrong = 0, 0, []
     for cell in cells.CELLS:
         try:

@@ -1,6 +1,5 @@
 """Every cell of strategy x option is exact or refused with the name of what would work."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -20,11 +19,8 @@ def test_four_devices_equal_one_or_refuse(cell):
 
 def test_eight_devices_equal_one_or_refuse():
     """In a process of its own: the number of devices of this one is settled."""
-    settings = dict(PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
     command = [sys.executable, "-m", "tests.parallel.eight_devices"]
-    run = subprocess.run(
-        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
-    )
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     exact, refused = map(int, run.stdout.split())
     assert exact + refused == sum(len(x.strategies) * len(x.rows) for x in matrix.tables())
