@@ -82,7 +82,8 @@ def context_parallel(mesh, config=None):
 def place(config, model, example, mesh) -> Placed:
     """A step for `config.parallel`, with the same results for either and for every mesh.
 
-    What is the same but for the seed is compiled once in a process, and found again later.
+    What is the same but for the seed is compiled once in a process, and found again later. Raises
+    ValueError for a sequence whose length isn't a multiple of the mesh's `context`.
     """
     optimiser = learning.optimizer(config)
     # the shapes of a whole batch and no numbers: every process compiles the same program
@@ -134,6 +135,10 @@ def prepare(config):
 
 
 def _over_mesh(config, functions, seed, optimiser, example, mesh) -> Placed:
+    specs = {name: batch_spec(name, x) for name, x in example.items()}
+    spread = (x for name, x in example.items() if specs[name] is sharding.BATCH)
+    for length in {x.shape[1] for x in spread}:
+        _assert_divides(length, mesh.shape["context"])
     shapes = jax.eval_shape(functions.init, seed)
     whole = NamedSharding(mesh, P())
     params = sharding.shardings(mesh, shapes["params"])
@@ -141,7 +146,7 @@ def _over_mesh(config, functions, seed, optimiser, example, mesh) -> Placed:
         optimiser, lambda _, s: s, shapes["opt_state"], params, transform_non_params=lambda _: whole
     )
     places = dict(params=params, opt_state=opt_state, step=whole, key=whole)
-    batch_places = {k: NamedSharding(mesh, batch_spec(k, x)) for k, x in example.items()}
+    batch_places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     held = functools.partial(rows, mesh, config.batch_size)
 
     def put(batch):
@@ -167,6 +172,15 @@ def batch_spec(name, x):
     """Where a batch's array `name` lives: rows over data, positions of a sequence over context."""
     sequence = name in ("inputs", "targets", "weights") and x.ndim > 1
     return sharding.BATCH if sequence else _ROWS
+
+
+def _assert_divides(length, pieces):
+    if length % pieces:
+        near = length // pieces * pieces
+        raise ValueError(
+            f"a sequence of {length} tokens must be a multiple of context={pieces}: "
+            f"take {near or pieces} or {near + pieces}"
+        )
 
 
 def _global(x, place, rows, batch_size) -> jax.Array:

@@ -99,6 +99,13 @@ def test_a_strategy_that_no_mixer_has_is_refused():
         placement.context_parallel(placement.make_mesh(config), config)
 
 
+def test_a_length_that_does_not_divide_is_refused_before_anything_is_compiled():
+    task = "mqar(vocab_size=32, length=18, num_pairs=2)"
+    config = dataclasses.replace(SMALL, task=task, mesh=configs.Mesh(data=1, context=4))
+    with pytest.raises(ValueError, match="multiple of context=4: take 16 or 20"):
+        placed_by(config)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
